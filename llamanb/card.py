@@ -1,0 +1,347 @@
+"""One GPU's facts, asked for and tried on this machine.
+
+    from llamanb import Card
+    print(Card.present())                                              # the GPU that torch would use, or the CPU
+    Card(name="T4", capability=(7, 5), vram_gib=14.56, free_gib=14.0)  # one written by hand
+
+Torch and NVML load inside the functions, so a card can be read and written without either. Where a function takes
+`torch` or `nvml`, leave it out to get the real one; anything that answers the same calls does (the tests use that).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from llamanb.attention_check import DTYPES, KERNELS, Attention, working_attention
+from llamanb.errors import GpuError, RecipeError
+from llamanb.html import Table
+
+GIB = 2**30
+
+BF16_CAPABILITY = (8, 0)
+"""The first compute capability with bf16 matrix units (Ampere)."""
+
+
+class Precision(NamedTuple):
+    """What a card computes in, and why: the two belong together wherever they are shown."""
+
+    dtype: str
+    """One of `DTYPES`."""
+    reason: str
+
+
+def choose_precision(capability: tuple[int, int] | None, wanted: str = "auto") -> Precision:
+    """The dtype for the 16-bit parts of a training run.
+
+    It asks the compute capability and not `torch.cuda.is_bf16_supported()`, which is True on a T4: emulation counts.
+
+    Args:
+        capability: compute capability of the GPU; None for a CPU.
+        wanted: a recipe's `precision`: "auto", or one of `DTYPES`.
+
+    Raises:
+        RecipeError: `wanted` is no precision.
+        GpuError: bf16 below capability 8.0, or fp16 on a CPU.
+    """
+    if wanted not in ("auto", *DTYPES):
+        raise RecipeError(
+            f"precision={wanted!r}", "It is not a precision that llamanb knows.", f"One of: auto, {', '.join(DTYPES)}."
+        )
+    if capability is None:
+        if wanted == "fp16":
+            raise GpuError(
+                'precision="fp16" without a GPU',
+                "fp16 needs loss scaling, made for GPUs, and a CPU gains no speed from it.",
+                'Set precision="auto": fp32 on a CPU, and fp16 or bf16 by itself on a GPU.',
+            )
+        return {
+            "auto": Precision("fp32", "a CPU: 16-bit arithmetic is slower there, and the tiny model has room"),
+            "fp32": Precision("fp32", "as asked"),
+            "bf16": Precision("bf16", "as asked; right on any CPU, but slower than fp32 on most"),
+        }[wanted]
+    number = ".".join(map(str, capability))
+    has_bf16 = tuple(capability) >= BF16_CAPABILITY
+    if wanted == "bf16" and not has_bf16:
+        raise GpuError(
+            f'precision="bf16" on a GPU of compute capability {number}',
+            "bf16 matrix units begin at 8.0 (RTX 30, A100, L4). torch.cuda.is_bf16_supported() says True here because "
+            "it counts emulation.",
+            'Set precision="auto" (fp16 with loss scaling on this GPU).',
+        )
+    if wanted != "auto":
+        return Precision(wanted, "as asked")
+    if has_bf16:
+        return Precision("bf16", f"compute capability {number} has bf16, which needs no loss scaling")
+    return Precision(
+        "fp16", f"compute capability {number} is below 8.0: bf16 would be emulated (torch still calls it supported)"
+    )
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as a plan sees it, or the CPU. Plain data: a card of the table, a friend's or a pretended one is the same.
+
+    Raises:
+        GpuError: sizes that are negative or not a number, more free than there is, a capability that is no pair.
+    """
+
+    name: str
+    capability: tuple[int, int] | None
+    """Compute capability; None for a CPU."""
+    vram_gib: float = 0.0
+    """What a process can be given (the driver's total; a T4's nominal 15 GiB come out as 14.56). 0 for a CPU."""
+    free_gib: float | None = None
+    """What plans start from: free now, torch's own unused cache included. Left out: all of it."""
+    attention: tuple[str, ...] = ()
+    """Attention kernels (of `KERNELS`) that ran, forward and backward, with a key and value head per query head."""
+    attention_gqa: tuple[str, ...] = ()
+    """Those that ran with grouped heads (`enable_gqa=True`), which is how Llama 3 calls them."""
+
+    def __post_init__(self):
+        if self.free_gib is None:
+            object.__setattr__(self, "free_gib", self.vram_gib)
+        for field in ("attention", "attention_gqa"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        fix = 'For example Card(name="T4", capability=(7, 5), vram_gib=14.56, free_gib=14.0).'
+        for field in ("vram_gib", "free_gib"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise GpuError(f"Card {self.name!r}: {field}={value!r}", "It is a size in GiB, 0 or more.", fix)
+        if self.free_gib > self.vram_gib:
+            why = f"vram_gib={self.vram_gib} is all there is."
+            raise GpuError(f"Card {self.name!r}: free_gib={self.free_gib}", why, fix)
+        if self.capability is not None:
+            pair = tuple(self.capability) if isinstance(self.capability, list | tuple) else ()
+            if len(pair) != 2 or not all(type(part) is int and part >= 0 for part in pair):
+                why = "It is a pair of whole numbers, or None for a CPU."
+                raise GpuError(f"Card {self.name!r}: capability={self.capability!r}", why, fix)
+            object.__setattr__(self, "capability", pair)
+        unknown = sorted({*self.attention, *self.attention_gqa} - KERNELS.keys())
+        if unknown:
+            why = f"Known kernels: {', '.join(KERNELS)}."
+            raise GpuError(f"Card {self.name!r}: no attention kernel is called {', '.join(unknown)}", why, fix)
+
+    @classmethod
+    def present(
+        cls, *, torch: Any = None, nvml: Any = None, try_attention: Callable[..., Attention] | None = None
+    ) -> Card:
+        """The card of this machine: the GPU that torch would use, or the CPU when there is none.
+
+        It makes a CUDA context and runs the attention kernels on small tensors (a second or two at the first call).
+
+        Raises:
+            GpuError: torch sees a GPU that does not answer (taken by another process, lost, a forked process).
+        """
+        torch = torch or importlib.import_module("torch")
+        try_attention = try_attention or working_attention
+        index, _ = gpu_in_use(torch)
+        if index is None:
+            card = cls(name="CPU", capability=None)
+            tried = try_attention(card.dtype, "cpu")
+        else:
+            properties = torch.cuda.get_device_properties(index)
+            total, free = _free_bytes(torch, index, properties, nvml)
+            capability = (properties.major, properties.minor)
+            card = cls(properties.name, capability, vram_gib=total / GIB, free_gib=free / GIB)
+            tried = try_attention(card.dtype, f"cuda:{index}")
+        return replace(card, attention=tried.runs(), attention_gqa=tried.runs(gqa=True))
+
+    def choose_precision(self, wanted: str = "auto") -> Precision:
+        """`choose_precision` for this card."""
+        return choose_precision(self.capability, wanted)
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in when nothing is asked for."""
+        return self.choose_precision().dtype
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.capability is not None
+
+    def table(self) -> Table:
+        """Its facts, one a row."""
+        precision = self.choose_precision()
+        rows = [["computes in", f"{precision.dtype}: {precision.reason}"]]
+        if self.is_gpu:
+            rows = [
+                ["compute capability", ".".join(map(str, self.capability))],
+                ["memory", f"{self.vram_gib:.2f} GiB, {self.free_gib:.2f} GiB free"],
+                *rows,
+            ]
+        rows += [
+            ["attention", ", ".join(self.attention) or "not tried"],
+            ["attention, grouped heads", ", ".join(self.attention_gqa) or "not tried"],
+        ]
+        return Table(["card", self.name], rows)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def gpu_in_use(torch: Any = None) -> tuple[int | None, str]:
+    """Number of the GPU that torch would use, or None and why it has none.
+
+    Raises:
+        GpuError: torch sees a GPU and cannot start on it.
+    """
+    torch = torch or importlib.import_module("torch")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        try:
+            return torch.cuda.current_device(), ""
+        except Exception as error:  # RuntimeError, AcceleratorError or AssertionError, by torch's version and build
+            raise _does_not_answer(error) from error
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None:
+        return None, f"this torch ({torch.__version__}) is built without CUDA"
+    if caught:
+        return None, f"torch says: {_first_line(caught[0].message)}"
+    if hidden is not None:
+        return None, f"CUDA_VISIBLE_DEVICES={hidden!r} leaves torch no GPU"
+    return None, "torch finds no NVIDIA GPU or no driver"
+
+
+def _does_not_answer(error: Exception) -> GpuError:
+    return GpuError(
+        "The GPU is there but does not answer.",
+        f"torch says: {_first_line(error)}",
+        "See in nvidia-smi whether another process has it. Restart the kernel; if that is not enough, the machine.",
+    )
+
+
+def _free_bytes(torch: Any, index: int, properties: Any, nvml: Any) -> tuple[int, int]:
+    """(total, free) bytes for this process: the driver's word, lowered to NVML's where that says less.
+
+    NVML counts what every process holds; where the driver hands out budgets (WSL2) its own figure can be the larger.
+    """
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        cache = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    except Exception as error:  # a lost GPU raises whatever its last error was
+        raise _does_not_answer(error) from error
+    nvml, _ = start_nvml(nvml)
+    handle = nvml_handle(nvml, properties)
+    seen = nvml_memory(nvml, handle) if handle is not None else None
+    if seen and seen.is_of(total):
+        free = min(free, seen.free)
+    return total, min(free + cache, total)
+
+
+# NVML: the only view of other processes. It can be absent, refuse, or lose the GPU, so every answer may be None.
+
+
+@functools.cache
+def _real_nvml() -> tuple[Any, str]:
+    try:
+        return importlib.import_module("pynvml"), ""
+    except ImportError:
+        return None, "nvidia-ml-py is not installed (pip install nvidia-ml-py)"
+
+
+def start_nvml(nvml: Any = None) -> tuple[Any, str]:
+    """NVML's module (nvidia-ml-py's `pynvml`), started, or None and why it cannot be used. Raises nothing."""
+    why = ""
+    if nvml is None:
+        nvml, why = _real_nvml()
+    if nvml is not None:
+        try:
+            nvml.nvmlInit()
+        except Exception as error:  # no library, no driver, driver and library of different versions
+            nvml, why = None, f"NVML says: {_first_line(error)}"
+    return nvml, why
+
+
+def ask(function: Callable | None, *args: Any) -> Any:
+    """`function(*args)`, or None when NVML cannot tell ("N/A", not permitted, too old a driver, GPU lost)."""
+    with contextlib.suppress(Exception):
+        return function(*args)
+    return None
+
+
+def nvml_handle(nvml: Any, properties: Any) -> Any:
+    """NVML's handle of the GPU with these `torch.cuda.get_device_properties`; None when it finds no such GPU.
+
+    Never by number: NVML counts every GPU in bus order, torch those that CUDA_VISIBLE_DEVICES leaves, fastest first.
+    """
+    uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-")
+    for kind in ("GPU-", "MIG-") if uuid else ():
+        handle = ask(getattr(nvml, "nvmlDeviceGetHandleByUUID", None), kind + uuid)
+        if handle is not None:
+            return handle
+    parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in parts:
+        return None
+    address = "{:08X}:{:02X}:{:02X}.0".format(*parts)
+    return ask(getattr(nvml, "nvmlDeviceGetHandleByPciBusId", None), address)
+
+
+class NvmlMemory(NamedTuple):
+    """NVML's view of a GPU, in bytes."""
+
+    total: int
+    used: int
+    free: int
+    reserved: int | None
+    """What driver and firmware keep for themselves; None where NVML counts it as used."""
+
+    def is_of(self, total: int) -> bool:
+        """Whether this is the memory of a device of `total` bytes, not of the whole card that it is a slice of."""
+        return self.total < 1.25 * total
+
+
+def nvml_memory(nvml: Any, handle: Any) -> NvmlMemory | None:
+    """What NVML says of a GPU's memory; None when it does not say."""
+    query = getattr(nvml, "nvmlDeviceGetMemoryInfo", None)
+    version = getattr(nvml, "nvmlMemory_v2", None)  # like nvidia-smi: what the driver reserves apart from what is used
+    info = (ask(query, handle, version) if version else None) or ask(query, handle)
+    if info is None or not 0 < info.total < 2**62:  # "N/A" is all ones
+        return None
+    return NvmlMemory(info.total, info.used, info.free, getattr(info, "reserved", None))
+
+
+class GpuProcess(NamedTuple):
+    """A process that holds memory of a GPU."""
+
+    pid: int
+    name: str
+    """Empty when NVML does not tell."""
+    bytes: int | None
+    """None when NVML does not tell (WSL2, MIG)."""
+
+
+def gpu_processes(nvml: Any, handle: Any) -> list[GpuProcess] | None:
+    """Who holds this GPU's memory, largest first; None when NVML does not tell.
+
+    A process that both computes and draws is on both of NVML's lists and counted once.
+    """
+    kinds = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
+    lists = [ask(getattr(nvml, kind, None), handle) for kind in kinds]
+    if all(entries is None for entries in lists):
+        return None
+    held: dict[int, int | None] = {}
+    for entry in (entry for entries in lists for entry in entries or ()):
+        size = entry.usedGpuMemory
+        if size is None or size >= 2**62:
+            held.setdefault(entry.pid, None)
+        else:
+            held[entry.pid] = max(held.get(entry.pid) or 0, size)
+    found = [GpuProcess(pid, str(ask(nvml.nvmlSystemGetProcessName, pid) or ""), size) for pid, size in held.items()]
+    return sorted(found, key=lambda process: -(process.bytes or 0))
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
