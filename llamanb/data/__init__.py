@@ -1,0 +1,146 @@
+"""From a recipe's data to token ids and labels, checked row by row before any model is loaded.
+
+The way: `read` (numbered rows) → `formats` (examples) → `encode` (ids and labels) → here: split, check, report.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from llamanb import hub, tiny
+from llamanb.data.encode import Encoded, Encoder, TooLong, load_tokenizer
+from llamanb.data.formats import Example, detect
+from llamanb.data.read import BadRow, Row, read_rows
+from llamanb.errors import DataError
+from llamanb.html import Table
+from llamanb.recipe import Recipe
+
+__all__ = ["TrainingData", "load_data"]
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows to train on and rows held out, with what was seen on the way. Prints as a small table."""
+
+    source: str
+    format: str
+    tokenizer: object
+    train: list[Encoded]
+    held_out: list[Encoded]
+    held_out_examples: list[Example]
+    """The held-out rows before encoding, for generation and scoring; as long as `held_out`."""
+    skipped: list[str]
+    """A line for each row left out because the recipe says so, with place, column and reason."""
+
+    def _table(self) -> Table:
+        lengths = sorted(len(row.input_ids) for row in self.train)
+        trained = sum(row.trained_tokens for row in self.train)
+        rows = [
+            ("format", self.format),
+            ("rows to train on", len(self.train)),
+            ("rows held out", len(self.held_out)),
+            ("rows skipped", len(self.skipped)),
+            ("tokens a row, middle and longest", f"{lengths[len(lengths) // 2]} and {lengths[-1]}"),
+            ("tokens learned", f"{trained:,} of {sum(lengths):,}"),
+            ("padding token", self.tokenizer.pad_token),
+        ]
+        rows += [("skipped", line) for line in self.skipped[:_SHOWN]]
+        return Table(["data", self.source], rows)
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+
+def load_data(recipe: Recipe) -> TrainingData:
+    """Reads, checks, encodes and splits the recipe's rows. Loads neither torch nor a model.
+
+    Raises DataError listing the rows (place, column, reason) that cannot be trained on, unless the recipe skips or
+    truncates them; ModelError or a Hub error when the checkpoint's tokenizer cannot be had.
+    """
+    given, found, bad = _examples(recipe)
+    tokenizer = load_tokenizer(hub.checkpoint_folder(recipe.model, recipe.revision, weights=False))
+    encoder = Encoder(tokenizer, recipe.max_length, everything=recipe.loss_on == "everything")
+    skipped, too_long, longest = list(bad), [], 0
+    encoded: list[tuple[Example, Encoded, bool]] = []
+    for example, held_out in given:
+        try:
+            encoded.append((example, encoder.encode(example), held_out))
+        except TooLong as error:
+            longest = max(longest, error.tokens)
+            if recipe.long_rows == "truncate" and error.truncated:
+                encoded.append((example, error.truncated, held_out))
+            else:
+                too_long.append(error.at(example.place))
+        except BadRow as error:
+            skipped.append(error.at(example.place))
+    if skipped and recipe.bad_rows == "stop":
+        raise _bad_rows(recipe.dataset, skipped, "correct them, or bad_rows = 'skip' to leave them out")
+    if too_long and recipe.long_rows != "skip":
+        fix = f"max_length = {longest} takes them all; or long_rows = 'skip'"
+        fix += " or 'truncate'" if recipe.long_rows == "stop" else ": nothing learnable is left of them when cut"
+        raise _bad_rows(recipe.dataset, too_long, fix)
+    train = [row for _, row, held_out in encoded if not held_out]
+    held = [(example, row) for example, row, held_out in encoded if held_out]
+    if not train:
+        raise DataError(
+            f"{recipe.dataset} leaves no row to train on",
+            f"{len(skipped) + len(too_long)} rows were skipped: {(skipped + too_long)[0]}",
+            "see the reasons above each row",
+        )
+    return TrainingData(
+        recipe.dataset, found, tokenizer, train, [row for _, row in held], [e for e, _ in held], skipped + too_long
+    )
+
+
+def _examples(recipe: Recipe) -> tuple[list[tuple[Example, bool]], str, list[str]]:
+    """Examples with whether each is held out, the format's name, and a line for each row that is none."""
+    if recipe.dataset == "tiny":
+        count = min(recipe.eval_rows, len(tiny.rows("eval")))
+        train, bad = _convert([Row(f"row {i}", v) for i, v in enumerate(tiny.rows("train"), 1)], "tiny")
+        held, _ = _convert([Row(f"row {i}", v) for i, v in enumerate(tiny.rows("eval", count=count), 1)], "tiny")
+        return [(e, False) for e in train[0]] + [(e, True) for e in held[0]], train[1], bad
+    rows, bad = read_rows(recipe.dataset, recipe.dataset_split)
+    if not rows:
+        raise _bad_rows(recipe.dataset, bad, "write each row as an object with named fields")
+    (examples, name), more = _convert(rows, recipe.dataset)
+    if bad + more and recipe.bad_rows == "stop":
+        raise _bad_rows(recipe.dataset, bad + more, "correct them, or bad_rows = 'skip' to leave them out")
+    return _split(examples, recipe), name, bad + more
+
+
+def _convert(rows: list[Row], source: str) -> tuple[tuple[list[Example], str], list[str]]:
+    row_format = detect(rows, source)
+    examples, bad = [], []
+    for row in rows:
+        try:
+            examples += row_format.convert(row)
+        except BadRow as error:
+            bad.append(error.at(row.place))
+    return (examples, row_format.name), bad
+
+
+def _split(examples: list[Example], recipe: Recipe) -> list[tuple[Example, bool]]:
+    """Holds rows out at random by what they ask, so that no question stands on both sides."""
+    keys = sorted({example.prompt_key for example in examples})
+    if recipe.eval_rows and len(keys) < 2:
+        raise DataError(
+            f"{recipe.dataset} has {len(examples)} usable row{'s' * (len(examples) != 1)}, with one question in all",
+            "one row at least is trained on and another held out to score the result",
+            "give more rows, or eval_rows = 0 to train without a score",
+        )
+    random.Random(recipe.seed).shuffle(keys)
+    held = set(keys[: min(recipe.eval_rows, max(1, len(keys) // 5))]) if recipe.eval_rows else set()
+    return [(example, example.prompt_key in held) for example in examples]
+
+
+def _bad_rows(source: str, lines: list[str], fix: str) -> DataError:
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    rows = "1 row cannot" if len(lines) == 1 else f"{len(lines)} rows cannot"
+    return DataError(f"{source}: {rows} be trained on", "; ".join(lines[:_SHOWN]) + more, fix)

@@ -1,0 +1,172 @@
+"""From an Example to token ids and the labels the loss is taken on.
+
+The assistant's turns are found in the rendered text: what a template adds when one more turn is rendered is that turn.
+So any template whose turns follow each other works, the checkpoint's own unchanged among them, and every trained span
+ends in the end-of-turn token. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamanb.data.formats import Example
+from llamanb.data.read import BadRow
+from llamanb.errors import ModelError
+
+IGNORE = -100
+"""Label of a token that is not trained: cross entropy's `ignore_index`."""
+DATE = "26 Jul 2024"
+"""Llama 3.1 and 3.2 write a date into the prompt. The templates' own fallback, so a row is the same row tomorrow."""
+LLAMA3_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+"""Llama 3's chat format (Meta's model card), for base models, which bring no template."""
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|reserved_special_token_250|>", "<pad>")
+END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one row and, at each position, the id to learn or IGNORE."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+
+def load_tokenizer(folder: Path):
+    """The checkpoint's tokenizer, with a chat template and a padding token that ends nothing.
+
+    Padding with the end-of-text token, as many recipes do, hides every end-of-text from the loss: such models never
+    stop. Raises ModelError when the folder has no tokenizer or no token is free for padding.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"no tokenizer in {folder}", str(error).split("\n")[0], "the folder needs a tokenizer.json"
+        ) from None
+    if tokenizer.chat_template is None:
+        missing = [t for t in ("<|start_header_id|>", "<|eot_id|>") if t not in tokenizer.get_vocab()]
+        if missing:
+            raise ModelError(
+                f"the tokenizer in {folder} has no chat template",
+                f"and Llama 3's does not fit: it has no {' or '.join(missing)}",
+                "use the Instruct checkpoint, or plain text rows",
+            )
+        tokenizer.chat_template = LLAMA3_TEMPLATE
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.eos_token, *END_TOKENS):
+        free = next((t for t in PAD_TOKENS if t in vocabulary), None)
+        if free is None:
+            raise ModelError(
+                f"the tokenizer in {folder} has no token for padding",
+                f"none of {', '.join(PAD_TOKENS)} is in its vocabulary, and an end token would teach never to stop",
+                "add a padding token to the tokenizer",
+            )
+        tokenizer.pad_token = free
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def end_token_ids(tokenizer) -> list[int]:
+    """Ids that end a turn or a text; generation stops at any of them."""
+    names = dict.fromkeys([tokenizer.eos_token, *END_TOKENS])
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[name] for name in names if name in vocabulary]
+
+
+def render(tokenizer, messages: list[dict], tools: list[dict] | None = None, *, prompt: bool = False) -> str:
+    """The conversation as the model sees it; with `prompt`, up to where the assistant's next turn begins."""
+    return tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, date_string=DATE
+    )
+
+
+class Encoder:
+    """Turns examples into token ids and labels, with one tokenizer and one `max_length` (tokens)."""
+
+    def __init__(self, tokenizer, max_length: int, *, everything: bool = False):
+        self.tokenizer, self.max_length, self.everything = tokenizer, max_length, everything
+        self.bos = tokenizer.bos_token or ""
+        control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.end_of_text = "<|end_of_text|>" if "<|end_of_text|>" in control else tokenizer.eos_token
+        self.control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+
+    def encode(self, example: Example) -> Encoded:
+        """Token ids and labels of one example.
+
+        Raises BadRow for text that holds control tokens, a conversation that the template refuses, and a row with no
+        token to learn; TooLong for a row of more than `max_length` tokens.
+        """
+        if example.text is not None:
+            text = example.text if example.text.startswith(self.bos) else self.bos + example.text
+            text += "" if text.endswith(self.end_of_text) else self.end_of_text
+            spans = [(len(self.bos), len(text))]
+        else:
+            text, spans = self._rendered(example)
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = tokens["input_ids"]
+        inside = [True] * len(ids) if self.everything else _inside(tokens["offset_mapping"], spans)
+        labels = [i if keep else IGNORE for i, keep in zip(ids, inside, strict=True)]
+        encoded = Encoded(ids, [IGNORE, *labels[1:]])  # nothing stands before the first token to predict it from
+        if not encoded.trained_tokens:
+            raise BadRow(example.column, "has no token to learn from")
+        if len(ids) > self.max_length:
+            raise TooLong(example.column, encoded, self.max_length)
+        return encoded
+
+    def _rendered(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and where in it the assistant's words and end-of-turn tokens stand (characters)."""
+        import jinja2
+
+        messages, tools, column = example.messages, example.tools, example.column
+        if held := self.control.search(json.dumps(messages, ensure_ascii=False)):
+            raise BadRow(column, f"holds the control token {held[0]}, which would begin or end a turn by itself")
+        try:
+            text = render(self.tokenizer, messages, tools)
+            spans = []
+            for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+                before = render(self.tokenizer, messages[:i], tools, prompt=True)
+                after = render(self.tokenizer, messages[: i + 1], tools)
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise BadRow(column, f"the chat template rewrites turn {i + 1} when another follows")
+                if not after.rstrip().endswith(END_TOKENS):
+                    raise BadRow(column, f"the chat template ends turn {i + 1} with no end token: {after[-20:]!r}")
+                spans.append((len(before), len(after)))
+        except jinja2.TemplateError as error:
+            raise BadRow(column, f"the chat template refuses it: {error}") from None
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise BadRow(column, f"the chat template cannot render it: {reason}") from None
+        return text, spans
+
+
+class TooLong(BadRow):
+    """A row of more than `max_length` tokens; `truncated` is what fits of it, if any of that is trained."""
+
+    def __init__(self, column: str, encoded: Encoded, max_length: int):
+        super().__init__(column, f"{len(encoded.input_ids)} tokens, over max_length = {max_length}")
+        self.tokens = len(encoded.input_ids)
+        cut = Encoded(encoded.input_ids[:max_length], encoded.labels[:max_length])
+        self.truncated = cut if cut.trained_tokens else None
+
+
+def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """Which tokens lie in a span; both lists are in order, so one pass is enough."""
+    inside, current = [], 0
+    for start, end in offsets:
+        while current < len(spans) and start >= spans[current][1]:
+            current += 1
+        inside.append(current < len(spans) and start >= spans[current][0] and end <= spans[current][1])
+    return inside

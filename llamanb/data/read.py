@@ -1,0 +1,294 @@
+"""From a source (file, address, Hub name) to numbered rows; every failure names the file and the place in it.
+
+Files are read with the standard library rather than `datasets`, because its errors do not say which row is wrong; the
+Hub is left to `datasets`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from llamanb.errors import DataError, LlamanbError, NoNetworkError
+
+READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+_TIMEOUT_S = 4
+
+
+class Row(NamedTuple):
+    """One row as it came, and where it stood: `row 7`, `row 7 (line 9)`, `data[0].paragraphs[1].qas[2]`."""
+
+    place: str
+    values: dict
+
+
+class BadRow(Exception):
+    """Why one row cannot be used; collected, so that a person sees all of them at once."""
+
+    def __init__(self, column: str | None, what: str):
+        super().__init__(column, what)
+        self.column, self.what = column, what
+
+    def at(self, place: str) -> str:
+        return f"{place}, column {self.column!r}: {self.what}" if self.column else f"{place}: {self.what}"
+
+
+def read_rows(source: str, split: str = "train") -> tuple[list[Row], list[str]]:
+    """Reads every row of a file, an http address or a Hub dataset.
+
+    Returns the rows, and a line for each row that is not even an object (place, column and reason).
+    Raises DataError or NoNetworkError with what is wrong and where.
+    """
+    if "://" in source:
+        rows = _parse(_download(source), source)
+    elif Path(source).is_dir():
+        files = sorted(p.name for p in Path(source).iterdir() if p.suffix in READABLE)
+        raise DataError(
+            f"{source} is a folder",
+            "one file of rows is read at a time",
+            f"name one of its files: {', '.join(files[:5])}" if files else f"give a file ({', '.join(READABLE)})",
+        )
+    elif Path(source).exists() or Path(source).suffix.lower() in READABLE:
+        rows = _parse(_file_bytes(Path(source)), source)
+    else:
+        rows = _hub_rows(source, split)
+    good, bad = [], []
+    for row in rows:
+        if isinstance(row.values, BadRow):
+            bad.append(row.values.at(row.place))
+        else:
+            good.append(row)
+    if not good and not bad:
+        raise DataError(f"{source} has no rows", "the file is empty", "give a file with at least two rows")
+    return good, bad
+
+
+def _file_bytes(path: Path) -> bytes:
+    if path.suffix.lower() not in READABLE:
+        raise DataError(
+            f"{path} is not a kind of file that is read",
+            f"its name ends in {path.suffix or 'nothing'}",
+            f"save it as one of {', '.join(READABLE)}",
+        )
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.iterdir() if p.suffix in READABLE) if path.parent.is_dir() else []
+        raise DataError(
+            f"{path} does not exist",
+            f"looked in {path.parent.resolve()}",
+            f"there is: {', '.join(near[:5])}" if near else "check the path",
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read", str(error), "check the file's permissions") from None
+
+
+def _download(address: str) -> bytes:
+    if not address.startswith(("http://", "https://")):
+        raise DataError(f"{address} is not an address that is read", "only http and https are", "download the file")
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:
+        raise DataError(f"{address} gave no file", f"the server answered {error}", "check the address") from None
+    except (OSError, ValueError) as error:
+        raise NoNetworkError(
+            f"{address} cannot be reached",
+            str(getattr(error, "reason", error)),
+            "check the network, or download the file and give its path",
+        ) from None
+
+
+def _parse(content: bytes, source: str) -> Iterable[Row]:
+    suffix = Path(source.split("?")[0]).suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(content, source)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{source}, line {line}: not UTF-8 text",
+            f"byte {content[error.start]:#04x} at position {error.start} is no UTF-8",
+            "save the file as UTF-8 (in a spreadsheet: 'CSV UTF-8')",
+        ) from None
+    if not text.strip():
+        raise DataError(f"{source} has no rows", "the file is empty", "give a file with at least two rows")
+    if suffix == ".csv":
+        return _csv(text, source)
+    if suffix == ".json":
+        return _json(text, source)
+    return _jsonl(text, source)
+
+
+class _Repeated(ValueError):
+    """A JSON object names a field twice."""
+
+
+def _unrepeated(pairs: list[tuple[str, object]]) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Repeated(next(name for name in names if names.count(name) > 1))
+    return fields
+
+
+def _json(text: str, source: str) -> list[Row]:
+    try:
+        content = json.loads(text, object_pairs_hook=_unrepeated)
+    except _Repeated as error:
+        raise _duplicate(source, str(error)) from None
+    except RecursionError:
+        raise DataError(f"{source} is nested too deeply", "no row looks like that", "give a list of rows") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line, under the wrong name
+            return _jsonl(text, source)
+        raise DataError(
+            f"{source}, line {error.lineno}, column {error.colno}: not JSON",
+            error.msg + (": the file ends early" if error.pos >= len(text.rstrip()) else ""),
+            "write the file again; if a download broke off, fetch it again",
+        ) from None
+    if isinstance(content, dict):  # rows under one name, as in SQuAD's own files
+        lists = [name for name, value in content.items() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise DataError(
+                f"{source} is one object, not a list of rows",
+                f"its fields are: {', '.join(map(str, content)) or 'none'}",
+                'write [{"instruction": ..., "output": ...}, ...]',
+            )
+        content = content[lists[0]]
+        if content and isinstance(content[0], dict) and "paragraphs" in content[0]:
+            return list(_nested_squad(content, lists[0]))
+    if not isinstance(content, list):
+        raise DataError(
+            f"{source} is a JSON {type(content).__name__}, not a list of rows",
+            "a row is an object with named fields",
+            'write [{"instruction": ..., "output": ...}, ...]',
+        )
+    return [_object(f"row {i}", value) for i, value in enumerate(content, 1)]
+
+
+def _object(place: str, value: object) -> Row:
+    if isinstance(value, dict):
+        return Row(place, value)
+    return Row(place, BadRow(None, f"is a {type(value).__name__}, not an object with named fields"))
+
+
+def _nested_squad(articles: list, name: str) -> Iterable[Row]:
+    """Questions of SQuAD's own layout: articles hold paragraphs, and paragraphs hold questions about one context."""
+    for a, article in enumerate(articles):
+        paragraphs = article.get("paragraphs") if isinstance(article, dict) else None
+        if not isinstance(paragraphs, list):
+            yield Row(f"{name}[{a}]", BadRow("paragraphs", "is missing or not a list"))
+            continue
+        for p, paragraph in enumerate(paragraphs):
+            place = f"{name}[{a}].paragraphs[{p}]"
+            questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
+            if not isinstance(questions, list):
+                yield Row(place, BadRow("qas", "is missing or not a list"))
+                continue
+            for q, question in enumerate(questions):
+                if not isinstance(question, dict):
+                    yield _object(f"{place}.qas[{q}]", question)
+                    continue
+                yield Row(f"{place}.qas[{q}]", {"context": paragraph.get("context"), **question})
+
+
+def _jsonl(text: str, source: str) -> list[Row]:
+    rows = []
+    for line_number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        number = len(rows) + 1
+        place = f"row {number}" if number == line_number else f"row {number} (line {line_number})"
+        try:
+            rows.append(_object(place, json.loads(line, object_pairs_hook=_unrepeated)))
+        except _Repeated as error:
+            raise _duplicate(f"{source}, {place}", str(error)) from None
+        except RecursionError:
+            rows.append(Row(place, BadRow(None, "is nested too deeply")))
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{source}, {place}, column {error.colno}: not JSON",
+                error.msg + (": the line ends early" if error.pos >= len(line.rstrip()) else ""),
+                "write one complete JSON object a line",
+            ) from None
+    return rows
+
+
+def _csv(text: str, source: str) -> list[Row]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Row] = []
+    try:
+        header = next(reader)
+        for name in header:
+            if header.count(name) > 1:
+                raise _duplicate(source, name)
+        for cells in reader:
+            if not cells:
+                continue
+            place = f"row {len(rows) + 1} (line {reader.line_num})"
+            if len(cells) == len(header):
+                rows.append(Row(place, dict(zip(header, cells, strict=True))))
+            else:
+                rows.append(Row(place, BadRow(None, f"has {len(cells)} cells under {len(header)} column names")))
+    except csv.Error as error:
+        raise DataError(
+            f"{source}, line {reader.line_num}: not CSV",
+            str(error),
+            "put cells that hold commas, quotes or line breaks in double quotes, and close every quote",
+        ) from None
+    return rows
+
+
+def _parquet(content: bytes, source: str) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{source} is not a parquet file", str(error), "write or download it again") from None
+    for name in table.column_names:
+        if table.column_names.count(name) > 1:
+            raise _duplicate(source, name)
+    return [Row(f"row {i}", values) for i, values in enumerate(table.to_pylist(), 1)]
+
+
+def _duplicate(where: str, name: str) -> DataError:
+    return DataError(
+        f"{where}: column {name!r} stands twice",
+        "it is not clear which of the two is meant",
+        "rename or remove one of them",
+    )
+
+
+def _hub_rows(source: str, split: str) -> list[Row]:
+    from llamanb import hub
+
+    name, _, config = source.partition(":")
+    if not hub.is_name(name):
+        raise DataError(
+            f"{source!r} is neither a file nor a dataset on the Hub",
+            f"no such file, and a Hub name is `name` or `owner/name` (files end in {', '.join(READABLE)})",
+            "check the path, or the name on https://huggingface.co/datasets",
+        )
+    hub.require_network(f"dataset {name}")
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split)
+    except LlamanbError:
+        raise
+    except Exception as error:  # its builders raise anything; what they say is passed on
+        raise hub.explain(error, name, kind="dataset") from None
+    return [Row(f"row {i}", values) for i, values in enumerate(rows, 1)]

@@ -1,0 +1,229 @@
+"""The Hugging Face Hub: where checkpoints come from, and what its refusals mean.
+
+Everything that leaves this machine for the Hub passes here, so each cause has one error that says what to do. Neither
+torch nor transformers is loaded; weights are safetensors only, and no code from a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from llamanb import tiny
+from llamanb.errors import (
+    DataError,
+    DiskFullError,
+    GatedModelError,
+    LlamanbError,
+    MissingTokenError,
+    ModelError,
+    ModelNotFoundError,
+    NoNetworkError,
+    WrongTokenError,
+)
+
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer*")
+WEIGHTS = "*.safetensors"
+MIRRORS = {  # gated name: the same weights, free to download under the same licence
+    "meta-llama/Llama-3.2-1B": "unsloth/Llama-3.2-1B",
+    "meta-llama/Llama-3.2-1B-Instruct": "unsloth/Llama-3.2-1B-Instruct",
+    "meta-llama/Llama-3.2-3B": "unsloth/Llama-3.2-3B",
+    "meta-llama/Llama-3.2-3B-Instruct": "unsloth/Llama-3.2-3B-Instruct",
+    "meta-llama/Llama-3.1-8B": "unsloth/Meta-Llama-3.1-8B",
+    "meta-llama/Llama-3.1-8B-Instruct": "unsloth/Meta-Llama-3.1-8B-Instruct",
+    "meta-llama/Llama-3.3-70B-Instruct": "unsloth/Llama-3.3-70B-Instruct",
+}
+_TIMEOUT_S = 3
+_TOKEN_HELP = (
+    "make a read token at https://huggingface.co/settings/tokens and give it as the Colab secret HF_TOKEN, "
+    "the environment variable HF_TOKEN, or with `hf auth login`"
+)
+
+
+def is_name(text: str) -> bool:
+    """Whether the text can be the name of something on the Hub: `name` or `owner/name`."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and ".." not in text and not text.startswith(".")
+
+
+def require_network(what: str) -> None:
+    """Raises NoNetworkError within seconds where the Hub cannot be reached; a library's own retries take half a
+    minute. Honours HF_ENDPOINT, proxies and HF_HUB_OFFLINE (which means: use what was downloaded before)."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except OSError as error:
+        raise _no_network(what, getattr(error, "reason", error)) from None
+
+
+def checkpoint_folder(model: str, revision: str = "main", *, weights: bool = True) -> Path:
+    """The folder of a checkpoint, downloaded to the Hub's cache where it is not on disk; checked to be a Llama.
+
+    Args:
+        model: a Hub name, a folder, or `tiny`.
+        revision: branch, tag or commit on the Hub.
+        weights: with False only config and tokenizer are fetched (kilobytes).
+
+    Raises ModelNotFoundError, GatedModelError, MissingTokenError, WrongTokenError, NoNetworkError or DiskFullError for
+    what the Hub or the disk refuses, and ModelError for a checkpoint that is no Llama.
+    """
+    if model == "tiny":
+        return tiny.CHECKPOINT
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if not is_name(model):
+            raise ModelNotFoundError(
+                f"model {model!r} does not exist",
+                "there is no such folder, and a Hub name is `owner/name`",
+                "check the path, or the name on https://huggingface.co/models",
+            )
+        folder = _download(model, revision, weights)
+    check_architecture(folder, model)
+    return folder
+
+
+def check_architecture(folder: Path, model: str) -> dict:
+    """The checkpoint's config. Raises ModelError where it has none, or is not a Llama."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{model} has no readable config.json",
+            f"{type(error).__name__}: {error}",
+            "give the folder of a complete checkpoint, with config.json, tokenizer.json and *.safetensors",
+        ) from None
+    if kind != "llama":
+        raise ModelError(
+            f"{model} is a {kind or 'model of no type'}, not a Llama",
+            "llamanb trains the Llama architecture only, and does not run code that a checkpoint brings",
+            "choose a Llama 3 checkpoint, such as meta-llama/Llama-3.2-1B-Instruct",
+        )
+    return config
+
+
+def _download(model: str, revision: str, weights: bool) -> Path:
+    import huggingface_hub
+
+    wanted = [*SMALL_FILES, WEIGHTS] if weights else list(SMALL_FILES)
+    try:
+        cached = _cached(model, revision, wanted)
+        if cached and not weights:
+            return cached
+        if weights and not cached:
+            _check_room(model, revision)
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except LlamanbError:
+        raise
+    except Exception as error:  # the Hub's client raises a wide family; `explain` passes on what it does not know
+        raise explain(error, model) from None
+
+
+def _cached(model: str, revision: str, wanted: list[str]) -> Path | None:
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=wanted, local_files_only=True
+        )
+    except (OSError, huggingface_hub.errors.HfHubHTTPError):
+        return None
+    has_weights = any(Path(folder).glob(WEIGHTS))
+    return Path(folder) if has_weights or WEIGHTS not in wanted else None
+
+
+def _check_room(model: str, revision: str) -> None:
+    """Compares the download with the disk before the first byte."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    files = huggingface_hub.HfApi().model_info(model, revision=revision, files_metadata=True).siblings
+    sizes = [f.size or 0 for f in files if f.rfilename.endswith(".safetensors") and "/" not in f.rfilename]
+    if not sizes:
+        raise ModelError(
+            f"{model} has no *.safetensors",
+            "other formats of weights can run code when they are read, so they are not",
+            "choose a checkpoint with safetensors",
+        )
+    home = Path(constants.HF_HUB_CACHE)
+    home.mkdir(parents=True, exist_ok=True)
+    need, free = sum(sizes), shutil.disk_usage(home).free
+    if need > free:
+        raise DiskFullError(
+            f"{model} does not fit on the disk: {need / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free",
+            f"downloads go to {home}",
+            "free some room, set HF_HOME to a larger disk, or take a 4-bit checkpoint (8B is 5.5 GB)",
+        )
+
+
+def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
+    """The LlamanbError that says what a failure of the Hub's client means for this model or dataset."""
+    from huggingface_hub import errors, get_token
+
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) and inner not in chain:
+        chain.append(inner)
+
+    def first(*types: type) -> Exception | None:
+        return next((e for e in chain if isinstance(e, types)), None)
+
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+    status = getattr(getattr(first(errors.HfHubHTTPError), "response", None), "status_code", None)
+    mirror = f", or use the ungated mirror {MIRRORS[name]!r}" if name in MIRRORS else ""
+    if first(errors.GatedRepoError):
+        if get_token() is None:
+            return MissingTokenError(
+                f"{kind} {name} is gated, and there is no Hugging Face token",
+                f"its owner asks every user to accept a licence at {page}",
+                f"accept it there and {_TOKEN_HELP}{mirror}",
+            )
+        return GatedModelError(
+            f"{kind} {name} is gated, and this account may not download it",
+            "the token is valid, but the licence is not accepted yet (or the token may not read gated repositories)",
+            f"accept it at {page}{mirror}",
+        )
+    if first(errors.RevisionNotFoundError):
+        return ModelNotFoundError(f"{kind} {name} has no such revision", "the Hub answered 404", f"see {page}/tree/main")
+    if first(errors.RepositoryNotFoundError):
+        if status == 401 and get_token() is not None:
+            return _wrong_token(name)
+        return ModelNotFoundError(
+            f"{kind} {name!r} is not on the Hub",
+            "the name is misspelled, or it is private and the token may not see it",
+            f"check the name at https://huggingface.co/{kind}s?search={name.split('/')[-1]}",
+        )
+    if status == 401:
+        return _wrong_token(name)
+    full = first(OSError)
+    if full is not None and getattr(full, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(f"the disk is full, while fetching {name}", str(full), "free some room, or set HF_HOME")
+    if status is not None:
+        return NoNetworkError(f"the Hub cannot give {name} now", f"it answered {status}", "try again in some minutes")
+    if first(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        return _no_network(f"{kind} {name}", chain[-1])
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if kind == "dataset":
+        return DataError(f"dataset {name} cannot be read", reason, f"see {page}; `owner/name:config` names a part")
+    return ModelError(f"model {name} cannot be fetched", reason, f"see {page}")
+
+
+def _wrong_token(name: str) -> WrongTokenError:
+    return WrongTokenError(f"the Hub refused the Hugging Face token, asked for {name}", "not valid any more", _TOKEN_HELP)
+
+
+def _no_network(what: str, reason: object) -> NoNetworkError:
+    return NoNetworkError(
+        f"{what} cannot be fetched: the Hugging Face Hub is out of reach",
+        str(reason),
+        "check the network; model = 'tiny' and dataset = 'tiny' need none; HF_HUB_OFFLINE=1 uses earlier downloads",
+    )
