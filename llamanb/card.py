@@ -20,9 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from llamanb.attention_check import DTYPES, KERNELS, Attention, working_attention
 from llamanb.errors import GpuError, RecipeError
 from llamanb.html import Table
+from llamanb.trials import DTYPES, KERNELS, Attention, working_attention
 
 GIB = 2**30
 
@@ -59,13 +59,13 @@ def choose_precision(capability: tuple[int, int] | None, wanted: str = "auto") -
         if wanted == "fp16":
             raise GpuError(
                 'precision="fp16" without a GPU',
-                "fp16 needs loss scaling, made for GPUs, and a CPU gains no speed from it.",
+                "fp16 needs loss scaling, which llamanb does on a GPU only.",
                 'Set precision="auto": fp32 on a CPU, and fp16 or bf16 by itself on a GPU.',
             )
         return {
-            "auto": Precision("fp32", "a CPU: 16-bit arithmetic is slower there, and the tiny model has room"),
+            "auto": Precision("fp32", "a CPU: fp32 runs on every one, and the tiny model has room"),
             "fp32": Precision("fp32", "as asked"),
-            "bf16": Precision("bf16", "as asked; right on any CPU, but slower than fp32 on most"),
+            "bf16": Precision("bf16", "as asked; whether it is quicker than fp32 depends on the CPU"),
         }[wanted]
     number = ".".join(map(str, capability))
     has_bf16 = tuple(capability) >= BF16_CAPABILITY

@@ -1,4 +1,4 @@
-"""Which attention kernels run here: each one is tried, forward and backward, on small tensors.
+"""What really runs here: precisions and attention kernels, each one tried on small tensors.
 
 What a torch build, a GPU, a dtype and a head layout promise together is not always what runs. Llama 3 has fewer key and
 value heads than query heads (grouped-query attention): on a T4 every fused kernel refuses that, and torch then takes
@@ -8,6 +8,7 @@ the math kernel without a word, whose memory grows with the square of the length
 from __future__ import annotations
 
 import importlib
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,6 +127,36 @@ def refusal(kernel: str, error: Exception, messages: Sequence[str]) -> str:
         elif mine and text not in reasons:
             reasons.append(text)
     return " ".join(reasons) or _plain(error)
+
+
+def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str, float | str]:
+    """TFLOP/s of one matrix product in each of `DTYPES`, or the error where it does not run.
+
+    A hint, not a benchmark: the best of three, on square matrices. It shows which precision has matrix units: a T4
+    takes bf16 and computes it many times slower than fp16.
+
+    Args:
+        device: a torch device.
+        size: rows of the matrices; 4096 on a GPU (0.2 GiB for a moment in fp32), 512 on a CPU.
+    """
+    torch = importlib.import_module("torch")
+    on_gpu = torch.device(device).type == "cuda"
+    size = size or (4096 if on_gpu else 512)
+    found: dict[str, float | str] = {}
+    for name, dtype in DTYPES.items():
+        try:
+            matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+            seconds = []
+            for _ in range(4):  # the first one loads the kernel
+                start = time.perf_counter()
+                matrix @ matrix
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - start)
+            found[name] = 2 * size**3 / min(seconds[1:]) / 1e12
+        except Exception as error:  # the refusal is the answer, whatever its type
+            found[name] = _plain(error)
+    return found
 
 
 def _plain(error: Exception) -> str:

@@ -1,0 +1,375 @@
+"""What this GPU has, who holds its memory, what it can compute: the report of notebook 00.
+
+    python -m llamanb.gpu_check
+
+`check_gpu()` looks at everything once and raises for nothing that it finds wrong: a missing driver, a GPU that does not
+answer and a torch without CUDA are findings, shown with what to do. Each part is a `Section` to show by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llamanb import card as cards
+from llamanb import machine
+from llamanb.card import Card, Precision, choose_precision
+from llamanb.errors import GpuError, LlamanbError
+from llamanb.html import Table, escape_text
+from llamanb.trials import Attention, try_precisions, working_attention
+
+QLORA_8B_RESERVED_GIB, QLORA_8B_TENSORS_GIB = 7.03, 6.61
+"""A figure for scale: the peaks of training Llama 3.1 8B with nf4 (double quantization), rank 16 on all linear layers,
+fp16, 4 x 512 tokens, every layer checkpointed. Measured 2026-11-20 on an H200, whose cuBLAS workspace is larger than a
+smaller card's: torch 2.11, transformers 5.23, peft 0.21.2, trl 1.16, bitsandbytes 0.50.2. The CUDA context is extra."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table and what to make of it."""
+
+    table: Table
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.table), *(f"* {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_() + "".join(f"<p>{escape_text(note)}</p>" for note in self.notes)
+
+
+@dataclass(frozen=True)
+class GpuCheck:
+    """Everything `check_gpu` found; each section shows by itself."""
+
+    card: Card | None
+    """The card plans start from; None when the GPU does not answer."""
+    summary: Section
+    memory: Section
+    processes: Section
+    precision: Section
+    attention: Section
+    host: Section
+    versions: Section
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "card")
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.sections))
+
+    def _repr_html_(self) -> str:
+        return "".join(section._repr_html_() for section in self.sections)
+
+
+def check_gpu(
+    precision: str = "auto",
+    folder: str | os.PathLike = ".",
+    *,
+    torch: Any = None,
+    nvml: Any = None,
+    try_attention: Callable[..., Attention] = working_attention,
+    try_precision: Callable[..., dict] = try_precisions,
+    proc: str = "/proc",
+    environ: Mapping[str, str] = os.environ,
+) -> GpuCheck:
+    """Looks at this machine; a few seconds, most of it torch's import and the first CUDA context.
+
+    Args:
+        precision: what a recipe would ask for: "auto", "bf16", "fp16" or "fp32".
+        folder: where runs will be kept; its disk is looked at.
+        torch, nvml, try_attention, try_precision, proc, environ: stand-ins for the real ones.
+
+    Raises:
+        LlamanbError: `precision` is not one, or this machine cannot compute in it.
+    """
+    torch = torch or importlib.import_module("torch")
+    places = machine.surroundings(environ, proc)
+    started, no_nvml = cards.start_nvml(nvml)
+    index, properties, handle, card, trouble = None, None, None, None, ""
+    try:
+        index, why_no_gpu = cards.gpu_in_use(torch)
+        if index is not None:
+            properties = torch.cuda.get_device_properties(index)
+            handle = cards.nvml_handle(started, properties)
+        memory = memory_views(torch, index, started, handle, no_nvml, places)  # before the trials take their workspaces
+        card = Card.present(torch=torch, nvml=nvml, try_attention=try_attention)
+    except GpuError as error:
+        trouble, why_no_gpu = str(error), error.why
+        memory = memory_views(torch, None, started, None, no_nvml, places)
+    processes = memory_holders(started, handle, no_nvml, own_pid=os.getpid() if index is not None else None)
+
+    capability = card.capability if card else None
+    chosen = choose_precision(capability, precision)
+    device = "cpu" if index is None or card is None else f"cuda:{index}"
+    attention = try_attention(chosen.dtype, device)
+    host = host_memory_and_disk(folder, proc, environ)
+    loaded = versions()
+
+    lines = (
+        verdict(card, attention) if card and card.is_gpu else without_gpu(why_no_gpu, trouble, started, torch, places)
+    )
+    name = card.name if card else "does not answer"
+    number = f" (compute capability {'.'.join(map(str, capability))})" if capability else ""
+    driver = cards.ask(getattr(started, "nvmlSystemGetDriverVersion", None))
+    rows = [
+        ["GPU", name + number if capability or trouble else "none in use"],
+        ["driver, torch", f"{driver or 'driver version not told'}, torch {torch.__version__}"],
+        ["computes in", f"{chosen.dtype}: {chosen.reason}"],
+        ["attention for Llama 3", ", ".join(attention.runs(gqa=True)) or "none runs"],
+        *host.table.rows,
+        ["notebook runs on", ", ".join(places) or "Linux"],
+    ]
+    if capability:
+        rows.insert(1, ["GPU memory", f"{card.free_gib:.1f} GiB free of {card.vram_gib:.1f} GiB"])
+        count = torch.cuda.device_count()
+        if count > 1:
+            rows[0][1] += f", number {index} of the {count} that torch sees"
+    notes = [*lines, *([WSL] if "WSL2" in places else []), *loaded.notes]
+    return GpuCheck(
+        card=card,
+        summary=Section(Table(["this machine", ""], rows), tuple(notes)),
+        memory=memory,
+        processes=processes,
+        precision=precisions(capability, chosen, try_precision(device), device),
+        attention=Section(attention.table(), tuple(attention_notes(attention))),
+        host=host,
+        versions=loaded,
+    )
+
+
+# The GPU's memory
+
+
+WSL = (
+    "WSL2: when the GPU's memory is full, its Windows driver moves memory to the host's instead of failing. Training "
+    "then goes on many times slower without an error: keep the planned peak below what is free, and take a step that "
+    "suddenly lasts long for an out-of-memory."
+)
+
+
+def memory_views(
+    torch: Any, index: int | None, nvml: Any, handle: Any, no_nvml: str, places: Sequence[str] = ()
+) -> Section:
+    """NVML's, the driver's and torch's view of the GPU's memory side by side, and why they differ."""
+    table = Table(["who says", "total MiB", "used MiB", "free MiB", "what it counts"], [], "Memory of the GPU")
+    if index is None:
+        rows = [
+            [f"NVML: {name}", mib(seen and seen.total), mib(seen and seen.used), mib(seen and seen.free), WHOLE_CARD]
+            for name, seen in gpus_nvml_sees(nvml)
+        ]
+        table.rows = rows or [["nobody", "", "", "", no_nvml or "NVML sees no GPU"]]
+        return Section(table, ("Torch uses no GPU here, so it has no view of one.",))
+
+    notes = []
+    seen = cards.nvml_memory(nvml, handle) if handle is not None else None
+    if seen:
+        table.rows.append(["NVML, as in nvidia-smi", mib(seen.total), mib(seen.used), mib(seen.free), WHOLE_CARD])
+    else:
+        cause = no_nvml or ("it does not tell" if handle is not None else "it does not find the GPU that torch uses")
+        notes.append(f"No view from NVML ({cause}): the driver's figures are used.")
+    reserved, allocated = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        row = [mib(total), mib(total - free), mib(free), "what any process can be given"]
+    except Exception as error:  # a lost GPU raises whatever its last error was
+        free = total = None
+        row = ["", "", "", str(error).splitlines()[0] if str(error) else type(error).__name__]
+    table.rows += [
+        ["driver, cudaMemGetInfo", *row],
+        ["torch, reserved", "", mib(reserved), "", "what this process's allocator took from the driver"],
+        ["torch, in tensors", "", mib(allocated), mib(reserved - allocated), "the rest is its cache, for new tensors"],
+    ]
+    if total and seen and not seen.is_of(total):
+        notes.append(
+            "NVML speaks of the whole card, and this process has a slice of it (MIG or a virtual GPU): plans use the "
+            "driver's figures."
+        )
+    elif total and seen and seen.total > total:
+        notes.append(f"NVML's total is {mib(seen.total - total)} MiB larger: driver and firmware keep them.")
+    if total:
+        notes.append(
+            f"{mib(max(total - free - reserved, 0))} MiB are used beyond torch's: CUDA contexts (this process has one "
+            "now), libraries, other processes. Torch's own counters never show them."
+        )
+    if "WSL2" in places:
+        notes.append(WSL)
+    return Section(table, tuple(notes))
+
+
+WHOLE_CARD = "the whole card, every process"
+
+
+def gpus_nvml_sees(nvml: Any) -> list[tuple[str, cards.NvmlMemory | None]]:
+    """(name, memory) of each GPU that NVML lists, whether torch can use it or not."""
+    handles = (
+        cards.ask(nvml.nvmlDeviceGetHandleByIndex, number)
+        for number in range(cards.ask(getattr(nvml, "nvmlDeviceGetCount", None)) or 0)
+    )
+    return [
+        (str(cards.ask(nvml.nvmlDeviceGetName, handle) or "a GPU"), cards.nvml_memory(nvml, handle))
+        for handle in handles
+        if handle is not None
+    ]
+
+
+def memory_holders(nvml: Any, handle: Any, no_nvml: str, own_pid: int | None) -> Section:
+    """Which processes hold the GPU's memory. `own_pid`: of this process if it has a CUDA context, else None."""
+    table = Table(["process", "pid", "MiB"], [], "Who holds the GPU's memory")
+    found = cards.gpu_processes(nvml, handle) if handle is not None else None
+    if found is None:
+        why = no_nvml or (
+            "NVML does not list processes here" if handle is not None else "no GPU of torch's to ask about"
+        )
+        table.rows.append(["not known", "", ""])
+        return Section(table, (f"Who holds memory cannot be told: {why}.",))
+    for process in found:
+        name = os.path.basename(process.name) or "name not told"
+        own = " (this process)" if process.pid == own_pid else ""
+        table.rows.append([name + own, process.pid, mib(process.bytes)])
+    notes = []
+    seen = cards.nvml_memory(nvml, handle)
+    rest = seen.used - sum(process.bytes or 0 for process in found) if seen else 0
+    if rest > 64 * 2**20:
+        table.rows.append(["not on the list", "", mib(rest)])
+    if own_pid is not None and own_pid not in [process.pid for process in found]:
+        notes.append(
+            "This process holds memory and is not on the list. In a container NVML shows processes under the host's "
+            "numbers or not at all, and on WSL2 not at all: others may be hidden too."
+        )
+    if any("python" in process.name and process.pid != own_pid for process in found):
+        notes.append("Another python is often another notebook: shut its kernel down to get its memory back.")
+    notes.append("Plans start from what is free now; a desktop and a browser often take 0.5 to 1.5 GiB.")
+    return Section(table, tuple(notes))
+
+
+def mib(size: int | None) -> str:
+    """Bytes as MiB."""
+    return "not told" if size is None else f"{size / 2**20:,.0f}"
+
+
+# What it computes
+
+
+def precisions(
+    capability: tuple[int, int] | None, chosen: Precision, tried: Mapping[str, float | str], device: str
+) -> Section:
+    """What llamanb says to each precision, beside a matrix product tried in it."""
+    rows = []
+    for name, rate in tried.items():
+        try:
+            answer = (
+                "used: " + chosen.reason if name == chosen.dtype else choose_precision(capability, name) and "can be"
+            )
+        except LlamanbError as error:
+            answer = f"refused: {error.why}"
+        rows.append([name, rate if isinstance(rate, str) else speed(rate), answer])
+    caption = f"Precision: a matrix product tried on {device}"
+    notes = (
+        "The speed is one product's: it shows which precisions have matrix units here, not how long a step takes.",
+    )
+    return Section(Table(["precision", "ran at", "for training"], rows, caption), notes)
+
+
+def speed(tflops: float) -> str:
+    """A rate of arithmetic, given in TFLOP/s."""
+    return f"{tflops:,.1f} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:,.0f} GFLOP/s"
+
+
+def attention_notes(attention: Attention) -> list[str]:
+    """What the kernels that ran mean for training a Llama 3."""
+    if not attention.runs():
+        return ["No attention kernel runs: torch cannot compute on this device."]
+    if set(attention.runs(gqa=True)) > {"math"}:
+        return []
+    fused = [kernel for kernel in attention.runs() if kernel != "math"]
+    way_out = f" {', '.join(fused)} would run with keys and values repeated for every query head." if fused else ""
+    return [
+        "Llama 3 has grouped heads, and only the math kernel takes them here: its memory grows with the square of the "
+        "length, and torch picks it without a word." + way_out
+    ]
+
+
+def verdict(card: Card, attention: Attention) -> list[str]:
+    """A GPU in words. No forecast: what a recipe needs depends on its model, length and layout."""
+    if not attention.runs():
+        error = next(iter(attention.plain.values()))
+        return [
+            f"Torch sees the {card.name} but does not compute on it: {error}.",
+            "Usually this torch has no code for so old a GPU (CUDA 13 builds begin at compute capability 7.5: no P100, "
+            "no V100). Install a torch built for an older CUDA.",
+        ]
+    enough = "more than that is" if card.free_gib > QLORA_8B_RESERVED_GIB else "less than that is"
+    return [
+        f"{card.free_gib:.1f} GiB of this {card.name} can be used now, computing in {attention.dtype}.",
+        f"For scale: one training of Llama 3.1 8B in 4 bits (QLoRA rank 16, 4 x 512 tokens, every layer checkpointed) "
+        f"took {QLORA_8B_RESERVED_GIB:.1f} GiB at its peak, {QLORA_8B_TENSORS_GIB:.1f} of it in tensors; {enough} free "
+        f"here. Measured on another card, so not a forecast for your recipe.",
+        *attention_notes(attention),
+    ]
+
+
+def without_gpu(why: str, trouble: str, nvml: Any, torch: Any, places: Sequence[str]) -> list[str]:
+    """No GPU in words, and what to do about it."""
+    if trouble:
+        return [" ".join(line.strip() for line in trouble.splitlines())]
+    tiny = "The quickstart's tiny Llama trains on the CPU; a real Llama needs a GPU."
+    seen = [name for name, _ in gpus_nvml_sees(nvml)]
+    if seen and torch.version.cuda is None:
+        fix = (
+            "In a clone of the project, `rm -r .venv && make quickstart` installs the build that fits the driver; "
+            "elsewhere choose one with CUDA at https://pytorch.org/get-started/locally/ and restart the kernel."
+        )
+    elif seen and "CUDA_VISIBLE_DEVICES" in why:
+        fix = "Unset CUDA_VISIBLE_DEVICES, or name a GPU in it, and restart the kernel."
+    elif seen:
+        fix = "Update the NVIDIA driver, or install a torch built for an older CUDA, and restart the kernel."
+    elif "Colab" in places:
+        fix = "Choose Runtime > Change runtime type > T4 GPU."
+    elif "Kaggle" in places:
+        fix = "Choose GPU T4 x2 as the session's accelerator."
+    elif "WSL2" in places:
+        fix = "If the machine has an NVIDIA GPU, install its driver in Windows, none inside WSL2, and restart WSL2."
+    else:
+        fix = "If the machine has an NVIDIA GPU, install its driver: `nvidia-smi` must list the GPU."
+    there = f"NVML sees {', '.join(seen)}, but torch uses no GPU" if seen else "No GPU"
+    return [f"{there}: {why}.", fix, tiny]
+
+
+# The machine around it
+
+
+def host_memory_and_disk(
+    folder: str | os.PathLike = ".", proc: str = "/proc", environ: Mapping[str, str] = os.environ
+) -> Section:
+    """Host RAM, and room on the disks of runs and of downloaded models."""
+    memory = machine.host_memory(proc)
+    ram, notes = "not known", ()
+    if memory:
+        total, available, limit = memory
+        ram = f"{available:.1f} GiB free of {total:.1f} GiB"
+        if limit < total:
+            notes = (f"A container's limit: its processes may hold {limit:.1f} GiB of the host's RAM together.",)
+    rows = [
+        ["host RAM", ram],
+        ["disk for runs", machine.room(folder)],
+        ["disk for downloaded models", machine.room(machine.hub_cache(environ))],
+    ]
+    return Section(Table(["on the host", ""], rows), notes)
+
+
+def versions(packages: Mapping[str, str] = machine.PACKAGES, **stand_ins: Any) -> Section:
+    """Versions loaded in this process against those installed."""
+    found = [machine.version(package, module, **stand_ins) for package, module in packages.items()]
+    rows = [[v.package, v.loaded, v.installed or "not installed", "restart" if v.stale else ""] for v in found]
+    stale = ", ".join(v.package for v in found if v.stale)
+    notes = (f"Loaded is not what is installed: {stale}. Restart the kernel before you train.",) if stale else ()
+    return Section(Table(["package", "loaded", "installed", ""], rows, "Versions"), notes)
+
+
+if __name__ == "__main__":
+    print(check_gpu())
