@@ -67,7 +67,7 @@ def choose_precision(capability: tuple[int, int] | None, wanted: str = "auto") -
             "fp32": Precision("fp32", "as asked"),
             "bf16": Precision("bf16", "as asked; whether it is quicker than fp32 depends on the CPU"),
         }[wanted]
-    number = ".".join(map(str, capability))
+    number = dotted(capability)
     has_bf16 = tuple(capability) >= BF16_CAPABILITY
     if wanted == "bf16" and not has_bf16:
         raise GpuError(
@@ -147,8 +147,9 @@ class Card:
             card = cls(name="CPU", capability=None)
             tried = try_attention(card.dtype, "cpu")
         else:
-            properties = torch.cuda.get_device_properties(index)
-            total, free = _free_bytes(torch, index, properties, nvml)
+            with answering():
+                properties = torch.cuda.get_device_properties(index)
+                total, free = _free_bytes(torch, index, properties, nvml)
             capability = (properties.major, properties.minor)
             card = cls(properties.name, capability, vram_gib=total / GIB, free_gib=free / GIB)
             tried = try_attention(card.dtype, f"cuda:{index}")
@@ -173,7 +174,7 @@ class Card:
         rows = [["computes in", f"{precision.dtype}: {precision.reason}"]]
         if self.is_gpu:
             rows = [
-                ["compute capability", ".".join(map(str, self.capability))],
+                ["compute capability", dotted(self.capability)],
                 ["memory", f"{self.vram_gib:.2f} GiB, {self.free_gib:.2f} GiB free"],
                 *rows,
             ]
@@ -201,10 +202,8 @@ def gpu_in_use(torch: Any = None) -> tuple[int | None, str]:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
-        try:
+        with answering():
             return torch.cuda.current_device(), ""
-        except Exception as error:  # RuntimeError, AcceleratorError or AssertionError, by torch's version and build
-            raise _does_not_answer(error) from error
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if torch.version.cuda is None:
         return None, f"this torch ({torch.__version__}) is built without CUDA"
@@ -215,12 +214,17 @@ def gpu_in_use(torch: Any = None) -> tuple[int | None, str]:
     return None, "torch finds no NVIDIA GPU or no driver"
 
 
-def _does_not_answer(error: Exception) -> GpuError:
-    return GpuError(
-        "The GPU is there but does not answer.",
-        f"torch says: {_first_line(error)}",
-        "See in nvidia-smi whether another process has it. Restart the kernel; if that is not enough, the machine.",
-    )
+@contextlib.contextmanager
+def answering():
+    """Turns what torch raises when a GPU does not answer into a GpuError; the type differs by torch's version."""
+    try:
+        yield
+    except Exception as error:
+        raise GpuError(
+            "The GPU is there but does not answer.",
+            f"torch says: {_first_line(error)}",
+            "See in nvidia-smi whether another process has it. Restart the kernel; if that is not enough, the machine.",
+        ) from error
 
 
 def _free_bytes(torch: Any, index: int, properties: Any, nvml: Any) -> tuple[int, int]:
@@ -228,11 +232,8 @@ def _free_bytes(torch: Any, index: int, properties: Any, nvml: Any) -> tuple[int
 
     NVML counts what every process holds; where the driver hands out budgets (WSL2) its own figure can be the larger.
     """
-    try:
-        free, total = torch.cuda.mem_get_info(index)
-        cache = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
-    except Exception as error:  # a lost GPU raises whatever its last error was
-        raise _does_not_answer(error) from error
+    free, total = torch.cuda.mem_get_info(index)
+    cache = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
     nvml, _ = start_nvml(nvml)
     handle = nvml_handle(nvml, properties)
     seen = nvml_memory(nvml, handle) if handle is not None else None
@@ -341,6 +342,11 @@ def gpu_processes(nvml: Any, handle: Any) -> list[GpuProcess] | None:
             held[entry.pid] = max(held.get(entry.pid) or 0, size)
     found = [GpuProcess(pid, str(ask(nvml.nvmlSystemGetProcessName, pid) or ""), size) for pid, size in held.items()]
     return sorted(found, key=lambda process: -(process.bytes or 0))
+
+
+def dotted(capability: tuple[int, int]) -> str:
+    """(7, 5) as "7.5"."""
+    return ".".join(map(str, capability))
 
 
 def _first_line(error: object) -> str:

@@ -37,6 +37,8 @@ class Section:
     def __str__(self) -> str:
         return "\n".join([str(self.table), *(f"* {note}" for note in self.notes)])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return self.table._repr_html_() + "".join(f"<p>{escape_text(note)}</p>" for note in self.notes)
 
@@ -62,6 +64,8 @@ class GpuCheck:
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.sections))
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return "".join(section._repr_html_() for section in self.sections)
 
@@ -85,61 +89,71 @@ def check_gpu(
         torch, nvml, try_attention, try_precision, proc, environ: stand-ins for the real ones.
 
     Raises:
-        LlamanbError: `precision` is not one, or this machine cannot compute in it.
+        RecipeError: `precision` is no precision. One that this machine lacks is a finding too.
     """
     torch = torch or importlib.import_module("torch")
     places = machine.surroundings(environ, proc)
     started, no_nvml = cards.start_nvml(nvml)
-    index, properties, handle, card, trouble = None, None, None, None, ""
+    index, handle, card, trouble = None, None, None, None
     try:
         index, why_no_gpu = cards.gpu_in_use(torch)
         if index is not None:
-            properties = torch.cuda.get_device_properties(index)
-            handle = cards.nvml_handle(started, properties)
+            with cards.answering():
+                handle = cards.nvml_handle(started, torch.cuda.get_device_properties(index))
         memory = memory_views(torch, index, started, handle, no_nvml, places)  # before the trials take their workspaces
         card = Card.present(torch=torch, nvml=nvml, try_attention=try_attention)
     except GpuError as error:
-        trouble, why_no_gpu = str(error), error.why
+        trouble, index = error, None
         memory = memory_views(torch, None, started, None, no_nvml, places)
-    processes = memory_holders(started, handle, no_nvml, own_pid=os.getpid() if index is not None else None)
 
     capability = card.capability if card else None
-    chosen = choose_precision(capability, precision)
-    device = "cpu" if index is None or card is None else f"cuda:{index}"
+    notes = []
+    try:
+        chosen = choose_precision(capability, precision)
+    except GpuError as error:
+        notes.append(one_line(error))
+        chosen = choose_precision(capability)
+    device = "cpu" if index is None else f"cuda:{index}"
     attention = try_attention(chosen.dtype, device)
+    if trouble:
+        notes.append(one_line(trouble))
+    elif index is None:
+        notes += without_gpu(why_no_gpu, gpus_nvml_sees(started), torch, places)
+    else:
+        notes += verdict(card, attention)
+    notes += [WSL] if "WSL2" in places else []
+
     host = host_memory_and_disk(folder, proc, environ)
     loaded = versions()
-
-    lines = (
-        verdict(card, attention) if card and card.is_gpu else without_gpu(why_no_gpu, trouble, started, torch, places)
-    )
-    name = card.name if card else "does not answer"
-    number = f" (compute capability {'.'.join(map(str, capability))})" if capability else ""
     driver = cards.ask(getattr(started, "nvmlSystemGetDriverVersion", None))
     rows = [
-        ["GPU", name + number if capability or trouble else "none in use"],
-        ["driver, torch", f"{driver or 'driver version not told'}, torch {torch.__version__}"],
+        ["GPU", "does not answer" if trouble else "none in use"],
+        ["driver, torch", f"{driver or 'driver not told'}, torch {torch.__version__}"],
         ["computes in", f"{chosen.dtype}: {chosen.reason}"],
         ["attention for Llama 3", ", ".join(attention.runs(gqa=True)) or "none runs"],
         *host.table.rows,
-        ["notebook runs on", ", ".join(places) or "Linux"],
+        ["runs on", ", ".join(places) or "Linux"],
     ]
-    if capability:
+    if index is not None:
+        rows[0][1] = f"{card.name}, compute capability {cards.dotted(capability)}"
         rows.insert(1, ["GPU memory", f"{card.free_gib:.1f} GiB free of {card.vram_gib:.1f} GiB"])
-        count = torch.cuda.device_count()
-        if count > 1:
-            rows[0][1] += f", number {index} of the {count} that torch sees"
-    notes = [*lines, *([WSL] if "WSL2" in places else []), *loaded.notes]
+        if torch.cuda.device_count() > 1:
+            rows[0][1] += f" (number {index} of the {torch.cuda.device_count()} that torch sees)"
     return GpuCheck(
         card=card,
-        summary=Section(Table(["this machine", ""], rows), tuple(notes)),
+        summary=Section(Table(["this machine", ""], rows), (*notes, *loaded.notes)),
         memory=memory,
-        processes=processes,
+        processes=memory_holders(started, handle, no_nvml, own_pid=None if index is None else os.getpid()),
         precision=precisions(capability, chosen, try_precision(device), device),
         attention=Section(attention.table(), tuple(attention_notes(attention))),
         host=host,
         versions=loaded,
     )
+
+
+def one_line(error: LlamanbError) -> str:
+    """An error's three parts as a note."""
+    return " ".join(str(error).split())
 
 
 # The GPU's memory
@@ -172,30 +186,25 @@ def memory_views(
     else:
         cause = no_nvml or ("it does not tell" if handle is not None else "it does not find the GPU that torch uses")
         notes.append(f"No view from NVML ({cause}): the driver's figures are used.")
-    reserved, allocated = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
-    try:
+    with cards.answering():
         free, total = torch.cuda.mem_get_info(index)
-        row = [mib(total), mib(total - free), mib(free), "what any process can be given"]
-    except Exception as error:  # a lost GPU raises whatever its last error was
-        free = total = None
-        row = ["", "", "", str(error).splitlines()[0] if str(error) else type(error).__name__]
+        reserved, allocated = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
     table.rows += [
-        ["driver, cudaMemGetInfo", *row],
+        ["driver, cudaMemGetInfo", mib(total), mib(total - free), mib(free), "what any process can be given"],
         ["torch, reserved", "", mib(reserved), "", "what this process's allocator took from the driver"],
         ["torch, in tensors", "", mib(allocated), mib(reserved - allocated), "the rest is its cache, for new tensors"],
     ]
-    if total and seen and not seen.is_of(total):
+    if seen and not seen.is_of(total):
         notes.append(
             "NVML speaks of the whole card, and this process has a slice of it (MIG or a virtual GPU): plans use the "
             "driver's figures."
         )
-    elif total and seen and seen.total > total:
+    elif seen and seen.total > total:
         notes.append(f"NVML's total is {mib(seen.total - total)} MiB larger: driver and firmware keep them.")
-    if total:
-        notes.append(
-            f"{mib(max(total - free - reserved, 0))} MiB are used beyond torch's: CUDA contexts (this process has one "
-            "now), libraries, other processes. Torch's own counters never show them."
-        )
+    notes.append(
+        f"{mib(max(total - free - reserved, 0))} MiB are used beyond torch's: CUDA contexts (this process now has one), "
+        "libraries, other processes. Torch's own counters never show them."
+    )
     if "WSL2" in places:
         notes.append(WSL)
     return Section(table, tuple(notes))
@@ -222,9 +231,7 @@ def memory_holders(nvml: Any, handle: Any, no_nvml: str, own_pid: int | None) ->
     table = Table(["process", "pid", "MiB"], [], "Who holds the GPU's memory")
     found = cards.gpu_processes(nvml, handle) if handle is not None else None
     if found is None:
-        why = no_nvml or (
-            "NVML does not list processes here" if handle is not None else "no GPU of torch's to ask about"
-        )
+        why = no_nvml or ("torch uses no GPU" if handle is None else "NVML does not list processes on this machine")
         table.rows.append(["not known", "", ""])
         return Section(table, (f"Who holds memory cannot be told: {why}.",))
     for process in found:
@@ -262,10 +269,9 @@ def precisions(
     rows = []
     for name, rate in tried.items():
         try:
-            answer = (
-                "used: " + chosen.reason if name == chosen.dtype else choose_precision(capability, name) and "can be"
-            )
-        except LlamanbError as error:
+            choose_precision(capability, name)
+            answer = f"used: {chosen.reason}" if name == chosen.dtype else "possible"
+        except GpuError as error:
             answer = f"refused: {error.why}"
         rows.append([name, rate if isinstance(rate, str) else speed(rate), answer])
     caption = f"Precision: a matrix product tried on {device}"
@@ -284,13 +290,13 @@ def attention_notes(attention: Attention) -> list[str]:
     """What the kernels that ran mean for training a Llama 3."""
     if not attention.runs():
         return ["No attention kernel runs: torch cannot compute on this device."]
-    if set(attention.runs(gqa=True)) > {"math"}:
+    if set(attention.runs(gqa=True)) - {"math"}:
         return []
     fused = [kernel for kernel in attention.runs() if kernel != "math"]
-    way_out = f" {', '.join(fused)} would run with keys and values repeated for every query head." if fused else ""
+    way_out = f" With keys and values repeated for every query head {', '.join(fused)} runs." if fused else ""
     return [
-        "Llama 3 has grouped heads, and only the math kernel takes them here: its memory grows with the square of the "
-        "length, and torch picks it without a word." + way_out
+        "No fused kernel takes Llama 3's grouped heads here. Torch would use the math kernel without a word, whose "
+        "memory grows with the square of the length." + way_out
     ]
 
 
@@ -313,12 +319,9 @@ def verdict(card: Card, attention: Attention) -> list[str]:
     ]
 
 
-def without_gpu(why: str, trouble: str, nvml: Any, torch: Any, places: Sequence[str]) -> list[str]:
-    """No GPU in words, and what to do about it."""
-    if trouble:
-        return [" ".join(line.strip() for line in trouble.splitlines())]
+def without_gpu(why: str, seen: Sequence[tuple], torch: Any, places: Sequence[str]) -> list[str]:
+    """No GPU in use, in words, and what to do about it. `seen`: what `gpus_nvml_sees`."""
     tiny = "The quickstart's tiny Llama trains on the CPU; a real Llama needs a GPU."
-    seen = [name for name, _ in gpus_nvml_sees(nvml)]
     if seen and torch.version.cuda is None:
         fix = (
             "In a clone of the project, `rm -r .venv && make quickstart` installs the build that fits the driver; "
@@ -336,7 +339,7 @@ def without_gpu(why: str, trouble: str, nvml: Any, torch: Any, places: Sequence[
         fix = "If the machine has an NVIDIA GPU, install its driver in Windows, none inside WSL2, and restart WSL2."
     else:
         fix = "If the machine has an NVIDIA GPU, install its driver: `nvidia-smi` must list the GPU."
-    there = f"NVML sees {', '.join(seen)}, but torch uses no GPU" if seen else "No GPU"
+    there = f"NVML sees {', '.join(name for name, _ in seen)}, but torch uses no GPU" if seen else "No GPU"
     return [f"{there}: {why}.", fix, tiny]
 
 
