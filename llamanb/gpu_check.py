@@ -202,7 +202,7 @@ def memory_views(
     elif seen and seen.total > total:
         notes.append(f"NVML's total is {mib(seen.total - total)} MiB larger: driver and firmware keep them.")
     notes.append(
-        f"{mib(max(total - free - reserved, 0))} MiB are used beyond torch's: CUDA contexts (this process now has one), "
+        f"{mib(max(total - free - reserved, 0))} MiB are used beyond torch's: CUDA contexts (one is this process's), "
         "libraries, other processes. Torch's own counters never show them."
     )
     if "WSL2" in places:
