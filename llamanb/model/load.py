@@ -1,0 +1,143 @@
+"""From a plan to a model that is ready to train: loaded in the plan's arithmetic, quantized, with adapters."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llamanb import hub
+from llamanb.data.encode import end_token_ids
+from llamanb.errors import LlamanbError, ModelError
+from llamanb.layout import Plan
+from llamanb.model import attention
+from llamanb.recipe import Recipe
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_model(plan: Plan, tokenizer) -> PreTrainedModel:
+    """The recipe's base model on the plan's card, quantized as the recipe says, without adapters.
+
+    Embeddings, head and norms stay in the 16-bit dtype they compute in: peft's usual preparation would cast them to
+    fp32, 2 GiB more on 8B. Raises ModelError for weights that are missing or do not fit the config.
+    """
+    recipe = plan.recipe
+    folder = hub.checkpoint_folder(recipe.model, recipe.revision)
+    attention.register()
+    config = AutoConfig.from_pretrained(folder)
+    dtype = weights_dtype(plan)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,  # never "auto": Llama's checkpoints say bf16, which a T4 only emulates
+            quantization_config=_quantization(recipe, config, DTYPES[plan.dtype]),
+            device_map={"": torch.cuda.current_device() if plan.card.is_gpu else "cpu"},
+            attn_implementation=plan.attention,
+            use_safetensors=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _explain(error, recipe.model) from error
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = end_token_ids(tokenizer)
+    model.config.use_cache = False
+    keep_gradients_on_cpu(model)
+    if plan.checkpoint_layers:
+        checkpoint_layers(model)
+    return model
+
+
+def weights_dtype(plan: Plan) -> torch.dtype:
+    """What weights that are not quantized are held in: full fine-tuning adds updates too small for 16 bits."""
+    return DTYPES[plan.dtype] if plan.recipe.adapters else torch.float32
+
+
+def attach_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """New LoRA adapters in fp32 on the recipe's layers; the same seed gives the same adapters."""
+    torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.target_modules),
+        use_rslora=recipe.rslora,
+        use_dora=recipe.dora,
+        bias="none",
+    )
+    adapted = get_peft_model(model, config)
+    # What a person needs to find the base again is its name, not where this machine keeps it
+    adapted.peft_config["default"].base_model_name_or_path = recipe.model
+    adapted.peft_config["default"].revision = recipe.revision
+    return adapted
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Sets every decoder layer's own flag, which transformers 5.15 and 5.23 both read (the Trainer's option was
+    renamed between them)."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+            layer.gradient_checkpointing = True
+
+
+def keep_gradients_on_cpu(model: PreTrainedModel) -> None:
+    """Switches off a packing of 4-bit weights that loses gradients.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) packs a layer's weights at its first forward in eval mode, and the
+    packed product has no backward: after one score, training would go on with no gradient through the base.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _quantization(recipe: Recipe, config, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    saved = getattr(config, "quantization_config", None)
+    if saved is not None:
+        _adopt_saved_quantization(saved, recipe, compute_dtype)
+        return None
+    if recipe.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if recipe.quantization:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=recipe.quantization,
+            bnb_4bit_use_double_quant=recipe.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    return None
+
+
+def _adopt_saved_quantization(saved: dict, recipe: Recipe, compute_dtype: torch.dtype) -> None:
+    """A checkpoint quantized before: the recipe must ask for what it holds. Such checkpoints are saved with bf16
+    arithmetic, which a T4 only emulates, so the plan's dtype goes in."""
+    if saved.get("load_in_4bit") or saved.get("bnb_4bit_quant_type") and not saved.get("load_in_8bit"):
+        held = saved.get("bnb_4bit_quant_type", "fp4")
+    else:
+        held = "int8" if saved.get("load_in_8bit") else saved.get("quant_method", "another way")
+    if held != recipe.quantization:
+        fits = f"method = 'qlora-{held}'" if held in ("nf4", "fp4", "int8") else "a 16-bit checkpoint"
+        raise ModelError(
+            f"{recipe.model} is already quantized ({held}), and method = {recipe.method!r} asks for something else",
+            "quantized weights cannot be turned into other ones without loss",
+            f"use {fits}, or the 16-bit checkpoint it was made from",
+        )
+    saved["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
+
+
+def _explain(error: Exception, model: str) -> LlamanbError:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"the weights of {model} cannot be loaded",
+        f"{type(error).__name__}: {text}",
+        "a file may be missing or cut off: fetch the checkpoint again (`hf download --force-download`)",
+    )

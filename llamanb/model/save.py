@@ -1,0 +1,92 @@
+"""What training leaves: an adapter (or full weights) with a model card, and the way back to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from llamanb import REPOSITORY, __version__
+from llamanb.data.encode import load_tokenizer
+from llamanb.errors import ModelError
+from llamanb.layout import Plan
+from llamanb.model.load import DTYPES, load_model
+from llamanb.planner import plan as make_plan
+from llamanb.quiet import quiet_libraries
+from llamanb.recipe import Recipe
+
+ADAPTER, FULL = "adapter", "model"
+
+
+def save_model(model: PreTrainedModel, tokenizer, plan: Plan, folder: Path, scores: str = "") -> Path:
+    """Writes `folder`/adapter (or `folder`/model after full fine-tuning) with tokenizer and model card; returns it."""
+    recipe = plan.recipe
+    target = folder / (ADAPTER if recipe.adapters else FULL)
+    if recipe.adapters:
+        model.save_pretrained(target)
+    else:  # back from the 32 bits it was trained in
+        state = {name: tensor.to(DTYPES[plan.dtype]) for name, tensor in model.state_dict().items()}
+        model.save_pretrained(target, state_dict=state)
+    tokenizer.save_pretrained(target)
+    (target / "README.md").write_text(_model_card(recipe, plan, scores), encoding="utf-8")
+    return target
+
+
+def load_adapter(folder: str | Path) -> tuple[PreTrainedModel, object]:
+    """The model that a run made, ready to generate: base as its recipe says, with the run's adapter on it.
+
+    Args:
+        folder: the run's folder.
+
+    Returns the model and its tokenizer. Raises ModelError where the folder holds no finished run.
+    """
+    folder = Path(folder)
+    recipe_file = folder / "recipe.json"
+    if not recipe_file.is_file():
+        raise ModelError(
+            f"{folder} is not the folder of a run",
+            "there is no recipe.json in it",
+            "give the folder that train() printed, such as runs/quickstart",
+        )
+    recipe = Recipe.load(recipe_file)
+    saved = folder / (ADAPTER if recipe.adapters else FULL)
+    if not any(saved.glob("*.safetensors")):
+        raise ModelError(f"{folder} holds no trained weights", f"{saved} is missing or empty", "train to the end first")
+    tokenizer = load_tokenizer(saved)
+    with quiet_libraries():
+        if not recipe.adapters:
+            recipe = recipe.replace(model=str(saved.resolve()))
+            return load_model(make_plan(recipe), tokenizer).eval(), tokenizer
+        base = load_model(make_plan(recipe), tokenizer)
+        return PeftModel.from_pretrained(base, saved).eval(), tokenizer
+
+
+def _model_card(recipe: Recipe, plan: Plan, scores: str) -> str:
+    base = "the tiny Llama that comes with llamanb" if recipe.model == "tiny" else f"[{recipe.model}]({_page(recipe)})"
+    kind = "LoRA adapter" if recipe.adapters else "fine-tuned model"
+    header = ["---", *([] if recipe.model == "tiny" else [f"base_model: {recipe.model}"])]
+    header += ["library_name: " + ("peft" if recipe.adapters else "transformers"), "tags: [llamanb, llama]", "---"]
+    return "\n".join(
+        [
+            *header,
+            f"# {kind.capitalize()} for {recipe.model.split('/')[-1]}",
+            "",
+            f"A {kind} for {base}, trained on `{recipe.dataset}` with [llamanb]({REPOSITORY}) {__version__}.",
+            "",
+            "## Scores on held-out rows",
+            "",
+            f"```\n{scores or 'not scored'}\n```",
+            "",
+            "## How it was trained",
+            "",
+            f"On {plan.card.name} in {plan.dtype}, with this recipe:",
+            "",
+            f"```json\n{recipe.to_json()}\n```",
+            "",
+        ]
+    )
+
+
+def _page(recipe: Recipe) -> str:
+    return f"https://huggingface.co/{recipe.model}"

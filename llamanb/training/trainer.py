@@ -1,0 +1,91 @@
+"""trl's SFTTrainer, set up so that what a plan says is what runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from llamanb.data import TrainingData
+from llamanb.data.encode import Encoded
+from llamanb.layout import Plan
+
+OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit"}
+"""The recipe's names that transformers spells differently."""
+
+
+def build_trainer(
+    plan: Plan, model: PreTrainedModel, data: TrainingData, folder: Path, callbacks: list[TrainerCallback]
+) -> SFTTrainer:
+    """A trainer for rows that are encoded already, on a model that is loaded already."""
+    recipe = plan.recipe
+    length = {"max_steps": recipe.steps} if recipe.steps else {"num_train_epochs": recipe.epochs}
+    config = SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.accumulation,
+        **length,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,  # below 1 a share of all steps
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=OPTIMIZERS.get(plan.optimizer, plan.optimizer),
+        fp16=plan.dtype == "fp16",
+        bf16=plan.dtype == "bf16",  # trl's default is True
+        use_cpu=not plan.card.is_gpu,
+        seed=recipe.seed,
+        max_length=None,  # the rows were checked against it
+        dataset_kwargs={"skip_prepare_dataset": True},
+        gradient_checkpointing=False,  # the layers' own flags are set (model.load.checkpoint_layers)
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN is a NaN, not 0.0
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=plan.card.is_gpu,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=_dataset(data.train),
+        processing_class=data.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    widen_trained(model)
+    return trainer
+
+
+def widen_trained(model: PreTrainedModel) -> None:
+    """Trained parameters in fp32, whatever they were made in.
+
+    SFTTrainer casts a quantized model's adapters to bf16, which fp16's GradScaler cannot unscale: the first step fails
+    with "_amp_foreach_non_finite_check_and_unscale_cuda not implemented for 'BFloat16'" (trl 1.16). In 16 bits small
+    updates would be lost besides.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after so many minutes, at the end of a step."""
+
+    def __init__(self, minutes: float):
+        self.minutes, self.stopped_at_step = minutes, None
+        self._end_s = time.monotonic() + 60 * minutes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() >= self._end_s:
+            control.should_training_stop = True
+            self.stopped_at_step = state.global_step
+
+
+def _dataset(rows: list[Encoded]) -> Dataset:
+    return Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})

@@ -1,0 +1,5 @@
+"""Widgets: views over a Recipe. The only part that imports ipywidgets, and never the only way in."""
+
+from llamanb.ui.form import RecipeForm, recipe_form
+
+__all__ = ["RecipeForm", "recipe_form"]

@@ -1,0 +1,1 @@
+"""Watching a run: memory sampled in a thread, drawn and put into words by the training thread."""
