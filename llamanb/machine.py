@@ -93,7 +93,7 @@ def version(
     except importlib.metadata.PackageNotFoundError:
         on_disk = None
     told = getattr(modules.get(module), "__version__", None)
-    loaded = str(told) if told else "yes" if module in modules else "not yet"
+    loaded = str(told) if told else "yes" if modules.get(module) else "not yet"
     return Version(package, loaded, on_disk, bool(told and on_disk) and not _same_version(loaded, on_disk))
 
 
