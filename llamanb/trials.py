@@ -158,6 +158,9 @@ def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str
             found[name] = 2 * size**3 / min(seconds[1:]) / 1e12
         except Exception as error:  # the refusal is the answer, whatever its type
             found[name] = _plain(error)
+        matrix = None
+    if on_gpu and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what the matrices took is for whoever comes next
     return found
 
 
