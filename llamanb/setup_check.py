@@ -21,8 +21,8 @@ try:
 except ImportError:  # Colab, Kaggle, a rented GPU: fetch the release, install what is missing (about a minute)
     import sys
 
-    python, folder = sys.executable, "llamanb-v{__version__}"
-    !test -d {{folder}} || git clone -q --depth 1 -b v{__version__} {REPOSITORY} {{folder}}
+    url, folder, python = "{REPOSITORY}", "llamanb-v{__version__}", sys.executable
+    !test -d {{folder}} || git -c advice.detachedHead=false clone -q --depth 1 -b v{__version__} {{url}} {{folder}}
     !bash {{folder}}/colab_setup.sh {{python}}
     from llamanb.setup_check import check_loaded
 
