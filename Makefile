@@ -21,20 +21,21 @@ help: ## this list
 
 .PHONY: quickstart
 quickstart: install ## install, then run notebooks/01_quickstart.ipynb into runs/quickstart
-	@mkdir -p runs/quickstart
-	@echo "quickstart: running notebooks/01_quickstart.ipynb, about two minutes on a CPU"
-	@start=$$SECONDS; \
-	$(PY) -m papermill --cwd runs/quickstart -k python3 --log-output --no-progress-bar \
-	    notebooks/01_quickstart.ipynb runs/quickstart/run.ipynb && status=0 || status=$$?; \
+	@name=quickstart; number=1; mkdir -p runs; start=$$SECONDS; \
+	while [ -e runs/$$name ]; do number=$$((number + 1)); name=quickstart-$$number; done; \
+	echo "quickstart: running notebooks/01_quickstart.ipynb (about a minute on a CPU)"; \
+	$(PY) -m papermill -k python3 -p name $$name --log-output --no-progress-bar \
+	    notebooks/01_quickstart.ipynb runs/$$name.ipynb 2>&1 | \
+	    { grep --line-buffered -vE '^((Executing|Ending) Cell|(Input|Output) Notebook)' || true; } \
+	    && status=0 || status=$$?; \
+	executed=runs/$$name.ipynb; \
+	if [ -d runs/$$name ]; then mv $$executed runs/$$name/run.ipynb; executed=runs/$$name/run.ipynb; fi; \
 	echo; \
-	if [ $$status -eq 0 ]; then \
-	    echo "quickstart: done in $$((SECONDS - start)) s"; \
-	else \
-	    echo "quickstart: failed with status $$status; the last cell of the executed notebook shows the error" >&2; \
-	fi; \
-	echo "  executed notebook: $(CURDIR)/runs/quickstart/run.ipynb"; \
-	echo "  what it made:      $(CURDIR)/runs/quickstart/"; \
-	echo "  open it with:      make lab"; \
+	if [ $$status -eq 0 ]; then echo "quickstart: done in $$((SECONDS - start)) s"; \
+	else echo "quickstart: failed with status $$status; the executed notebook shows where" >&2; fi; \
+	echo "  executed notebook  $(CURDIR)/$$executed"; \
+	if [ -d runs/$$name ]; then echo "  what it made       $(CURDIR)/runs/$$name/"; fi; \
+	echo "  look at them       make lab"; \
 	exit $$status
 
 .PHONY: install
@@ -101,7 +102,7 @@ $(PY):
 $(INSTALLED): $(NEEDS) | $(PY)
 	@start=$$SECONDS; torch=$$($(PY) -m llamanb.torch_build); \
 	echo "install: $$torch and requirements.txt, at the versions of constraints.txt (a few minutes)"; \
-	$(PIP) install -q $$torch -c constraints.txt; \
+	$(PIP) install $$torch -c constraints.txt; \
 	$(PIP) install -q -r requirements.txt -c constraints.txt setuptools; \
 	$(PIP) install -q --no-deps --no-build-isolation -e .; \
 	echo "install: done in $$((SECONDS - start)) s"
