@@ -1,0 +1,138 @@
+"""Makes the shipped checkpoint: trains the tokenizer, then pretrains the tiny Llama on chats about notes.
+
+    python -m llamanb.tiny.make [--out FOLDER]
+
+A plain torch loop on the CPU. TIMING
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llamanb.tiny import CHECKPOINT, notes
+from llamanb.tiny.tokenizer import BOS, END_OF_TEXT, END_OF_TURN, PAD, train_tokenizer
+
+VOCAB_SIZE = 1024
+STEPS = 1500
+BATCH_SIZE = 16
+LEARNING_RATE = 4e-3
+WARMUP_STEPS = 50
+DECAY_PART = 0.4
+"""The last part of the steps, over which the learning rate falls to zero in a straight line."""
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """A tokenizer learned from 4,000 pretraining chats."""
+    rng = random.Random(f"tokenizer {seed}")
+    # In the chat format a role and two line breaks stand before each message; both should be one token.
+    texts = (f"{m['role']}\n\n{m['content']}" for _ in range(4000) for m in notes.chat(rng))
+    return train_tokenizer(texts, vocab_size=VOCAB_SIZE)
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama of 1.8 M random weights; the sides of its linear layers are multiples of 64, the block size of NF4."""
+    bos, end_of_text, end_of_turn, pad = tokenizer.convert_tokens_to_ids([BOS, END_OF_TEXT, END_OF_TURN, PAD])
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=bos,
+        eos_token_id=end_of_turn,
+        pad_token_id=pad,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=bos, eos_token_id=[end_of_text, end_of_turn], pad_token_id=pad, do_sample=False
+    )
+    return model
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """Token ids of a chat, and labels: the answers with their end-of-turn token, -100 elsewhere."""
+    ids, labels = [tokenizer.bos_token_id], [-100]
+    for message in messages:
+        head = tokenizer.encode(f"<|start_header_id|>{message['role']}<|end_header_id|>\n\n", add_special_tokens=False)
+        body = tokenizer.encode(message["content"] + END_OF_TURN, add_special_tokens=False)
+        ids += head + body
+        labels += [-100] * len(head) + (body if message["role"] == "assistant" else [-100] * len(body))
+    return ids, labels
+
+
+def make_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int) -> dict[str, torch.Tensor]:
+    """Fresh chats, padded on the right: under causal attention no token sees the padding, so it needs no mask."""
+    pairs = [encode(tokenizer, notes.chat(rng)) for _ in range(size)]
+    length = max(len(ids) for ids, _ in pairs)
+    return {
+        "input_ids": torch.tensor([ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in pairs]),
+        "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in pairs]),
+    }
+
+
+def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int) -> None:
+    """Trains all weights: Muon for the matrices (it learns to copy in half of AdamW's steps), AdamW for the rest."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+    rng = random.Random(f"pretrain {seed}")
+    model.train()
+    start, recent = time.monotonic(), []
+    for step in range(1, steps + 1):
+        scale = min(1.0, step / WARMUP_STEPS, (1 - step / (steps + 1)) / DECAY_PART)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * scale
+        loss = model(**make_batch(tokenizer, rng, BATCH_SIZE), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        recent.append(loss.item())
+        if step % 50 == 0 or step == steps:
+            print(
+                f"step {step:5d}  loss {sum(recent) / len(recent):.4f}  {time.monotonic() - start:4.0f} s", flush=True
+            )
+            recent.clear()
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Weights as fp16 to stay small; the config says float32, so loading widens them to what a CPU trains in."""
+    model.half().save_pretrained(folder)
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes the tiny Llama's checkpoint.")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder to write to")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer = make_tokenizer(args.seed)
+    model = make_model(tokenizer, args.seed)
+    print(f"{model.num_parameters():,} parameters")
+    pretrain(model, tokenizer, steps=args.steps, seed=args.seed)
+    save(model, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()
