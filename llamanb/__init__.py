@@ -16,8 +16,9 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 _HOME = {
     "Recipe": "recipe",
+    "starter_recipe": "starter",
     "Card": "card",
-    "Plan": "plan",
+    "Plan": "layout",
     "plan": "planner",
     "load_data": "data",
     "train": "training",

@@ -120,34 +120,43 @@ def _loss(model, data: TrainingData) -> float:
     return total / count
 
 
+def answer(model, tokenizer, question: str, *, max_new_tokens: int = LONGEST_ANSWER) -> str:
+    """The model's greedy answer to one question, asked in the chat format it was trained on."""
+    prompt = render(tokenizer, [{"role": "user", "content": question}], prompt=True)
+    return _generate(model, tokenizer, [prompt], max_new_tokens)[0]
+
+
 def _answers(model, data: TrainingData) -> list[str]:
-    """Greedy answers to the held-out prompts, longest first within a batch of like lengths, in the rows' order."""
-    tokenizer, examples = data.tokenizer, data.held_out_examples
-    prompts = [
-        tokenizer(render(tokenizer, e.messages[: _prompt_length(e)], e.tools, prompt=True), add_special_tokens=False)
-        for e in examples
-        if e.messages
-    ]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]["input_ids"]))
-    longest = max((len(tokenizer(e.references[0])["input_ids"]) for e in examples if e.references), default=0)
+    """Greedy answers to the held-out prompts, in the rows' order; none where the rows are plain text."""
+    tokenizer = data.tokenizer
+    examples = [example for example in data.held_out_examples if example.messages]
+    prompts = [render(tokenizer, e.messages[: _prompt_length(e)], e.tools, prompt=True) for e in examples]
+    longest = max((len(tokenizer(text)["input_ids"]) for e in examples for text in e.references), default=0)
     answers = [""] * len(prompts)
-    ends = end_token_ids(tokenizer)
-    for batch in _batches(order):
-        inputs = tokenizer.pad([prompts[i] for i in batch], padding_side="left", return_tensors="pt")
+    for batch in _batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i]))):  # like lengths: little padding
+        texts = _generate(model, tokenizer, [prompts[i] for i in batch], min(longest + 16, LONGEST_ANSWER))
+        for i, text in zip(batch, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+def _generate(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[str]:
+    import torch
+
+    inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    with torch.no_grad():
         output = model.generate(
             **inputs.to(model.device),
-            max_new_tokens=min(longest + 16, LONGEST_ANSWER),
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
             top_p=None,
             use_cache=True,
-            eos_token_id=ends,
+            eos_token_id=end_token_ids(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text.strip()
-    return answers
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def _batches(items: list) -> Iterator[list]:

@@ -19,7 +19,7 @@ def plan(recipe: Recipe, card: Card | None = None) -> Plan:
     card = card or Card.present()
     dtype, why_dtype = card.choose_precision(recipe.precision)
     micro, why_micro = _micro_batch(recipe)
-    attention, why_attention = _attention(card)
+    attention, why_attention = _attention(card, dtype)
     optimizer, why_optimizer = _optimizer(recipe, card)
     checkpoint = card.is_gpu if recipe.checkpointing == "auto" else recipe.checkpointing == "all"
     why_checkpoint = "as asked"
@@ -53,13 +53,13 @@ def _micro_batch(recipe: Recipe) -> tuple[int, str]:
     return micro, f"at most {TOKENS_AT_ONCE} tokens at once, and the effective batch of {effective} in whole parts"
 
 
-def _attention(card: Card) -> tuple[str, str]:
+def _attention(card: Card, dtype: str) -> tuple[str, str]:
     """Llama 3 shares key and value heads between query heads, and without FlashAttention the memory-efficient kernel
     refuses that: SDPA then takes its math path, whose memory grows with the square of the length."""
     if not card.is_gpu:
         return "sdpa", "runs on every CPU"
-    fast = [kernel for kernel in card.attention_gqa if kernel != "math"]
-    if fast:
+    fast = [kernel for kernel in card.attention_gqa if kernel != "math"]  # tried in the card's own 16-bit dtype
+    if fast and dtype != "fp32":
         return "sdpa", f"{fast[0]} takes grouped heads as they are"
     return EXPANDED_ATTENTION, "only the math kernel takes grouped heads here; expanded, the memory-efficient one runs"
 

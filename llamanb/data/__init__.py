@@ -101,29 +101,28 @@ def load_data(recipe: Recipe) -> TrainingData:
 
 def _examples(recipe: Recipe) -> tuple[list[tuple[Example, bool]], str, list[str]]:
     """Examples with whether each is held out, the format's name, and a line for each row that is none."""
-    if recipe.dataset == "tiny":
-        count = min(recipe.eval_rows, len(tiny.rows("eval")))
-        train, bad = _convert([Row(f"row {i}", v) for i, v in enumerate(tiny.rows("train"), 1)], "tiny")
-        held, _ = _convert([Row(f"row {i}", v) for i, v in enumerate(tiny.rows("eval", count=count), 1)], "tiny")
-        return [(e, False) for e in train[0]] + [(e, True) for e in held[0]], train[1], bad
-    rows, bad = read_rows(recipe.dataset, recipe.dataset_split)
-    if not rows:
-        raise _bad_rows(recipe.dataset, bad, "write each row as an object with named fields")
-    (examples, name), more = _convert(rows, recipe.dataset)
-    if bad + more and recipe.bad_rows == "stop":
-        raise _bad_rows(recipe.dataset, bad + more, "correct them, or bad_rows = 'skip' to leave them out")
-    return _split(examples, recipe), name, bad + more
+    if recipe.dataset == "tiny":  # brings its own held-out rows, about people no training row names
+        rows, held, bad = _numbered(tiny.rows("train")), _numbered(tiny.rows("eval")[: recipe.eval_rows]), []
+    else:
+        (rows, bad), held = read_rows(recipe.dataset, recipe.dataset_split), []
+    row_format = detect(rows, recipe.dataset) if rows else None
+    converted: tuple[list[Example], list[Example]] = [], []
+    for examples, part in zip(converted, (rows, held), strict=True):
+        for row in part:
+            try:
+                examples += row_format.convert(row)
+            except BadRow as error:
+                bad.append(error.at(row.place))
+    if bad and (recipe.bad_rows == "stop" or not converted[0]):
+        left_out = ", or bad_rows = 'skip' to leave them out" if converted[0] else ": there is no other row"
+        raise _bad_rows(recipe.dataset, bad, f"correct them{left_out}")
+    if held:
+        return [(e, False) for e in converted[0]] + [(e, True) for e in converted[1]], row_format.name, bad
+    return _split(converted[0], recipe), row_format.name, bad
 
 
-def _convert(rows: list[Row], source: str) -> tuple[tuple[list[Example], str], list[str]]:
-    row_format = detect(rows, source)
-    examples, bad = [], []
-    for row in rows:
-        try:
-            examples += row_format.convert(row)
-        except BadRow as error:
-            bad.append(error.at(row.place))
-    return (examples, row_format.name), bad
+def _numbered(rows: list[dict]) -> list[Row]:
+    return [Row(f"row {i}", values) for i, values in enumerate(rows, 1)]
 
 
 def _split(examples: list[Example], recipe: Recipe) -> list[tuple[Example, bool]]:

@@ -140,6 +140,11 @@ def _unrepeated(pairs: list[tuple[str, object]]) -> dict:
     return fields
 
 
+def _cut_off(error: json.JSONDecodeError) -> str:
+    at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+    return " (it ends early)" if at_end else ""
+
+
 def _json(text: str, source: str) -> list[Row]:
     try:
         content = json.loads(text, object_pairs_hook=_unrepeated)
@@ -152,7 +157,7 @@ def _json(text: str, source: str) -> list[Row]:
             return _jsonl(text, source)
         raise DataError(
             f"{source}, line {error.lineno}, column {error.colno}: not JSON",
-            error.msg + (": the file ends early" if error.pos >= len(text.rstrip()) else ""),
+            error.msg + _cut_off(error),
             "write the file again; if a download broke off, fetch it again",
         ) from None
     if isinstance(content, dict):  # rows under one name, as in SQuAD's own files
@@ -217,7 +222,7 @@ def _jsonl(text: str, source: str) -> list[Row]:
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{source}, {place}, column {error.colno}: not JSON",
-                error.msg + (": the line ends early" if error.pos >= len(line.rstrip()) else ""),
+                error.msg + _cut_off(error),
                 "write one complete JSON object a line",
             ) from None
     return rows

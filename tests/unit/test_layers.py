@@ -1,0 +1,101 @@
+"""The arrows of the design: who may import whom, and that `import llamanb` stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "llamanb"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """Every module that a file imports anywhere in it, with `from llamanb import hub` as `llamanb.hub`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return found
+
+
+def _uses(name: str) -> set[str]:
+    return {
+        str(path.relative_to(PACKAGE).with_suffix(""))
+        for path in FILES
+        if any(module == name or module.startswith(f"{name}.") for module in _imports(path))
+    }
+
+
+def test_import_loads_neither_torch_nor_matplotlib():
+    heavy = "torch", "matplotlib", "transformers", "datasets", "numpy", "pynvml", "ipywidgets"
+    code = f"import llamanb, sys; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_public_name_loads():
+    code = "import llamanb; print([getattr(llamanb, n) is None for n in llamanb.__all__].count(True))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "0"
+
+
+def test_a_name_is_the_same_whatever_was_imported_before():
+    code = "import llamanb.layout, llamanb.planner; from llamanb import plan; print(callable(plan))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("library", "places"),
+    [
+        ("ipywidgets", ("ui",)),
+        ("pynvml", ("card", "watch")),
+        ("matplotlib", ("plots",)),
+        ("bitsandbytes", ("model",)),
+        ("trl", ("training",)),
+        ("peft", ("model",)),
+        ("datasets", ("data", "training", "quiet")),
+        ("huggingface_hub", ("hub",)),
+    ],
+)
+def test_a_library_is_used_in_its_place_only(library, places):
+    assert {user for user in _uses(library) if not user.startswith(places)} == set()
+
+
+def test_nothing_imports_the_widgets():
+    assert {user for user in _uses("llamanb.ui") if not user.startswith("ui")} == set()
+
+
+LAYERS = [  # a module may import those of its own line and of the lines above it
+    {"errors", "html", "tiny"},
+    {"recipe"},
+    {"card", "trials", "machine"},
+    {"layout", "hub"},
+    {"planner", "data", "gpu_check"},
+    {"model", "plots", "evaluate", "quiet", "starter"},
+    {"watch"},
+    {"training"},
+    {"ui"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def test_arrows_point_one_way():
+    wrong = []
+    for path in FILES:
+        part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for module in _imports(path):
+            other = module.split(".")[1] if module and module.startswith("llamanb.") else None
+            if part in RANK and other in RANK and part != other and RANK[other] > RANK[part]:
+                wrong.append(f"{part} imports {other}")
+    assert wrong == []
+
+
+def test_no_file_a_reader_would_dread():
+    assert [f"{path}: {n}" for path in FILES if (n := len(path.read_text().splitlines())) > 400] == []
