@@ -208,13 +208,14 @@ def setup() -> None:
     if to_do:
         print(f"  to move: {', '.join(n for n in to_do if n in before) or 'nothing'}")
         print(f"  to add: {', '.join(n for n in to_do if n not in before) or 'nothing'}")
-        print("  installing: about a minute where torch is there already", flush=True)
+        print("  installing ...", flush=True)
         move_packages(before, [name for name in to_do if name in before])
     if remove_torchao:
         or_raise(run_pip("uninstall", "-y", "-q", "torchao"), "remove torchao")
     if not own_copy_is_current():
         shutil.rmtree(ROOT / "build", ignore_errors=True)  # an older build's modules would be installed along
         or_raise(pip_install("--no-deps", "--force-reinstall", str(ROOT)), "install llamanb")
+        print(f"  llamanb: installed from {ROOT}")
 
     after = read_installed()
     for name in sorted(first.keys() | after.keys()):
@@ -222,10 +223,9 @@ def setup() -> None:
         if old != new:
             print(f"  {name}: {old or 'new'} -> {new or 'removed'}")
     if remove_torchao:
-        print(
-            f"    (peft attaches no LoRA beside a torchao older than {OLDEST_TORCHAO}, and nothing here uses torchao)"
-        )
-    print("  unchanged: " + ", ".join(f"{name} {first[name].version}" for name in STAYS if name in first))
+        print(f"    (peft attaches no LoRA beside torchao < {OLDEST_TORCHAO}, and nothing here uses torchao)")
+    if first is before:  # torch was there
+        print("  unchanged: " + ", ".join(f"{name} {first[name].version}" for name in STAYS if name in first))
     if affected := sorted(broken_wishes(after) - broken_before):
         print("  also affected, until this session ends or they are updated:")
         print(*(f"    {line}" for line in affected), sep="\n")

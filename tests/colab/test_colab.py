@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llamanb.setup_check import SETUP_CELL
-from tests.colab.conftest import DIFFERS, FREEZE, ROOT, run
+from tests.colab.image import DIFFERS, FREEZE, ROOT, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("colab")]
 
