@@ -20,11 +20,12 @@ COUNTS = {"train": 1200, "eval": 120}
 
 DEFAULTS = {
     "learning_rate": 5e-3,
-    "max_steps": 100,
+    "steps": 100,
     "effective_batch_size": 16,
     "max_length": 128,
     "rank": 16,
     "alpha": 32,
+    "schedule": "constant",
 }
 """Settings under which fine-tuning `CHECKPOINT` on `rows("train")` reaches what the tests hold: steps of optimizer
 updates, `max_length` in tokens, a constant learning rate, no dropout, LoRA on all linear layers."""

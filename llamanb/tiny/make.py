@@ -2,7 +2,10 @@
 
     python -m llamanb.tiny.make [--out FOLDER]
 
-A plain torch loop on the CPU. TIMING
+A plain torch loop on the CPU: 1,000 steps, about six minutes on two cores (torch 2.13.0, transformers 5.23.0, tokenizers
+0.23.3). The shipped checkpoint is seed 0 with two threads; another machine or thread count sums in another order and
+gives other weights that are as good. The loss falls to about 0.1, most of it the random strings to repeat; questions
+about notes alone stand at 0.03.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from llamanb.tiny import CHECKPOINT, notes
 from llamanb.tiny.tokenizer import BOS, END_OF_TEXT, END_OF_TURN, PAD, train_tokenizer
 
 VOCAB_SIZE = 1024
-STEPS = 1500
+STEPS = 1000
 BATCH_SIZE = 16
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 50
