@@ -34,7 +34,9 @@ class Table:
     def __str__(self) -> str:
         cells = [[str(cell).replace("\n", " ") for cell in row] for row in [self.headers, *self.rows]]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.headers))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        ]
         return "\n".join(([self.caption] if self.caption else []) + [lines[0], "-" * len(lines[0]), *lines[1:]])
 
     __repr__ = __str__

@@ -193,7 +193,9 @@ def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
             f"accept it at {page}{mirror}",
         )
     if first(errors.RevisionNotFoundError):
-        return ModelNotFoundError(f"{kind} {name} has no such revision", "the Hub answered 404", f"see {page}/tree/main")
+        return ModelNotFoundError(
+            f"{kind} {name} has no such revision", "the Hub answered 404", f"see {page}/tree/main"
+        )
     if first(errors.RepositoryNotFoundError):
         if status == 401 and get_token() is not None:
             return _wrong_token(name)
@@ -218,7 +220,9 @@ def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
 
 
 def _wrong_token(name: str) -> WrongTokenError:
-    return WrongTokenError(f"the Hub refused the Hugging Face token, asked for {name}", "not valid any more", _TOKEN_HELP)
+    return WrongTokenError(
+        f"the Hub refused the Hugging Face token, asked for {name}", "not valid any more", _TOKEN_HELP
+    )
 
 
 def _no_network(what: str, reason: object) -> NoNetworkError:

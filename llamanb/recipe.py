@@ -146,7 +146,7 @@ class Recipe:
     `none`, or `auto`: all on a GPU, none on a CPU."""
 
     precision: str = "auto"
-    """Arithmetic: `auto` takes bf16 where the GPU has it in hardware, fp16 on older ones such as a T4, fp32 on a CPU."""
+    """Arithmetic: `auto` is bf16 where the GPU has it in hardware, fp16 on older ones such as a T4, fp32 on a CPU."""
 
     eval_rows: int = 64
     """Rows held out of training and scored before and after; a fifth of the rows at most. 0: none, and no scores."""
@@ -307,6 +307,7 @@ def _checked_targets(value: object) -> str | tuple[str, ...]:
         raise RecipeError(
             f"targets = {value!r} is not possible",
             f"{unknown[0]!r} is no linear layer of a Llama" if unknown else "no layer is named",
-            (f"did you mean {near[0]!r}? " if near else "") + f"'all-linear', 'attention', or a list of {LINEAR_LAYERS}",
+            (f"did you mean {near[0]!r}? " if near else "")
+            + f"'all-linear', 'attention', or a list of {LINEAR_LAYERS}",
         )
     return tuple(dict.fromkeys(names))

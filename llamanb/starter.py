@@ -6,7 +6,7 @@ from llamanb import hub, tiny
 from llamanb.errors import NoNetworkError
 from llamanb.recipe import Recipe
 
-TINY = {**tiny.DEFAULTS, "model": "tiny", "dataset": "tiny"}
+TINY = {"model": "tiny", "dataset": "tiny", **tiny.DEFAULTS}
 LLAMA_1B = {
     "model": "unsloth/Llama-3.2-1B-Instruct",  # the ungated copy of Meta's checkpoint: no token, no waiting
     "dataset": "rajpurkar/squad",

@@ -34,7 +34,8 @@ def real_tokenizer(ranks: Path, template: str | None = None):
     """Llama 3's own vocabulary, from the file of tiktoken ranks that Meta publishes."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    pattern += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     return _with_special(TikTokenConverter(str(ranks), pattern=pattern).converted(), template)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -44,7 +44,7 @@ def load_model(plan: Plan, tokenizer) -> PreTrainedModel:
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _explain(error, recipe.model) from error
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = end_token_ids(tokenizer)
@@ -120,7 +120,7 @@ def _quantization(recipe: Recipe, config, compute_dtype: torch.dtype) -> BitsAnd
 def _adopt_saved_quantization(saved: dict, recipe: Recipe, compute_dtype: torch.dtype) -> None:
     """A checkpoint quantized before: the recipe must ask for what it holds. Such checkpoints are saved with bf16
     arithmetic, which a T4 only emulates, so the plan's dtype goes in."""
-    if saved.get("load_in_4bit") or saved.get("bnb_4bit_quant_type") and not saved.get("load_in_8bit"):
+    if saved.get("load_in_4bit") or (saved.get("bnb_4bit_quant_type") and not saved.get("load_in_8bit")):
         held = saved.get("bnb_4bit_quant_type", "fp4")
     else:
         held = "int8" if saved.get("load_in_8bit") else saved.get("quant_method", "another way")

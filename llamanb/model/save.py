@@ -24,7 +24,7 @@ def save_model(model: PreTrainedModel, tokenizer, plan: Plan, folder: Path, scor
     recipe = plan.recipe
     target = folder / (ADAPTER if recipe.adapters else FULL)
     if recipe.adapters:
-        model.save_pretrained(target)
+        model.save_pretrained(target, save_embedding_layers=False)  # "auto" would ask the Hub for the base's config
     else:  # back from the 32 bits it was trained in
         state = {name: tensor.to(DTYPES[plan.dtype]) for name, tensor in model.state_dict().items()}
         model.save_pretrained(target, state_dict=state)

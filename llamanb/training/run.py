@@ -55,7 +55,8 @@ class Run:
         return Table(["file", "what it is"], rows)
 
     def __str__(self) -> str:
-        return f"{self.steps[-1] if self.steps else 0} steps in {self.train_s:.0f} s, at most {self.peak_gib:.2f} GiB; in {self.folder}"
+        steps = self.steps[-1] if self.steps else 0
+        return f"{steps} steps in {self.train_s:.0f} s, at most {self.peak_gib:.2f} GiB; in {self.folder}"
 
     __repr__ = __str__
 

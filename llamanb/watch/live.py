@@ -58,7 +58,9 @@ class LiveView(TrainerCallback):
         left = elapsed / max(1, state.global_step) * (state.max_steps - state.global_step)
         loss = f", loss {self.losses[-1]:.3f}" if self.losses else ""
         memory = f", {self.sampler.samples[-1].used_gib:.2f} GiB" if self.sampler.samples else ""
-        return f"step {state.global_step} of {state.max_steps}{loss}{memory}, {_clock(elapsed)} gone, {_clock(left)} left"
+        return (
+            f"step {state.global_step} of {state.max_steps}{loss}{memory}, {_clock(elapsed)} gone, {_clock(left)} left"
+        )
 
     def _draw(self, status: str) -> None:
         if self._display is None:

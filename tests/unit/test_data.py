@@ -143,7 +143,13 @@ print(len(data.train), "torch" in sys.modules)
 
 
 @pytest.mark.parametrize(
-    "name", ["alpaca_seed_tasks.jsonl", "alpaca_seed_tasks_alpaca_format.json", "squad_flat_sample.json", "squad_v2_sample.json"]
+    "name",
+    [
+        "alpaca_seed_tasks.jsonl",
+        "alpaca_seed_tasks_alpaca_format.json",
+        "squad_flat_sample.json",
+        "squad_v2_sample.json",
+    ],
 )
 def test_real_rows_with_the_real_vocabulary(real_data, tmp_path, trl_template, name):
     from tests.checkpoints import make_checkpoint, real_tokenizer

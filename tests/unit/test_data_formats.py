@@ -97,7 +97,11 @@ def test_messages_as_json_in_a_csv_cell():
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "messages", "turn 2"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages", "'robot'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages", "images"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}, "conversations", "turn 2"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]},
+            "conversations",
+            "turn 2",
+        ),
         ({"context": "c", "question": "q", "answers": "a"}, "answers", "no list"),
         ({"context": "c", "question": "q", "answers": {"text": [""]}}, "answers", "no list"),
         ({"context": None, "question": "q", "answers": []}, "context", "null"),

@@ -47,7 +47,10 @@ def test_rows_are_numbered_as_an_editor_shows_them(tmp_path):
 def test_rows_that_are_no_objects_are_told_not_dropped(tmp_path):
     rows, bad = read_rows(_write(tmp_path, "a.json", '[{"text": "one"}, 3, null]'))
     assert len(rows) == 1
-    assert bad == ["row 2: is a int, not an object with named fields", "row 3: is a NoneType, not an object with named fields"]
+    assert bad == [
+        "row 2: is a int, not an object with named fields",
+        "row 3: is a NoneType, not an object with named fields",
+    ]
 
 
 def test_squads_own_layout_is_unfolded(tmp_path):
@@ -96,7 +99,7 @@ def test_missing_file_names_what_is_there(tmp_path):
 
 def test_folder_names_its_files(tmp_path):
     _write(tmp_path, "rows.jsonl", "{}")
-    with pytest.raises(DataError, match="name one of its files: rows.jsonl"):
+    with pytest.raises(DataError, match=r"name one of its files: rows\.jsonl"):
         read_rows(str(tmp_path))
 
 

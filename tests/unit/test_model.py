@@ -114,7 +114,7 @@ def test_checkpointed_layers_recompute_in_the_backward_pass(mini):
     model = _adapted(mini, checkpointing="all")
     calls = []
     layer = model.get_base_model().model.layers[0].mlp
-    layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    layer.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     _gradients(model, IDS)
     assert len(calls) == 2
 
@@ -180,6 +180,7 @@ def test_prequantized_checkpoint_computes_in_the_plans_dtype(mini, tmp_path):
 @pytest.mark.parametrize("method", ["lora", "full", "qlora-fp4", "qlora-int8"])
 def test_prequantized_checkpoint_and_another_method(mini, tmp_path, method):
     base(mini)[0].save_pretrained(tmp_path)
+    load_tokenizer(mini).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="already quantized") as caught:
         base(tmp_path, method=method)
     assert "qlora-nf4" in caught.value.fix

@@ -32,12 +32,13 @@ def test_a_cpu_gets_fp32_and_keeps_its_activations():
 
 
 def test_bf16_on_a_t4_is_refused():
-    with pytest.raises(GpuError, match="7.5"):
+    with pytest.raises(GpuError, match=r"7\.5"):
         plan(Recipe(precision="bf16"), T4)
 
 
 @pytest.mark.parametrize(
-    ("length", "effective", "micro"), [(512, 16, 4), (1024, 16, 2), (4096, 16, 1), (128, 16, 16), (512, 6, 3), (512, 7, 1)]
+    ("length", "effective", "micro"),
+    [(512, 16, 4), (1024, 16, 2), (4096, 16, 1), (128, 16, 16), (512, 6, 3), (512, 7, 1)],
 )
 def test_accumulation_is_derived(length, effective, micro):
     p = plan(Recipe(max_length=length, effective_batch_size=effective), T4)
@@ -59,6 +60,8 @@ def test_full_fine_tuning_keeps_exact_states():
 def test_every_choice_has_its_reason_and_survives_json():
     for card in (T4, L4, CPU):
         p = plan(Recipe(targets=["q_proj"]), card)
-        assert all(p.reasons[name] for name in ("dtype", "micro_batch_size", "checkpoint_layers", "attention", "optimizer"))
+        assert all(
+            p.reasons[name] for name in ("dtype", "micro_batch_size", "checkpoint_layers", "attention", "optimizer")
+        )
         assert Plan.from_json(p.to_json()) == p
         assert p.dtype in str(p)
