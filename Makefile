@@ -71,8 +71,8 @@ lint: install-dev ## ruff, and notebooks without outputs
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@if compgen -G 'notebooks/*.ipynb' >/dev/null; then \
-	    $(PY) -m nbstripout --verify notebooks/*.ipynb || { \
-	        echo "fix: $(VENV)/bin/nbstripout notebooks/*.ipynb" >&2; exit 1; }; fi
+	    $(PY) -m nbstripout --keep-id --verify notebooks/*.ipynb || { \
+	        echo "fix: $(VENV)/bin/nbstripout --keep-id notebooks/*.ipynb" >&2; exit 1; }; fi
 
 .PHONY: size
 size: ## code lines of the package against the limits of the design
