@@ -20,21 +20,21 @@ COUNTS = {"train": 1200, "eval": 120}
 
 DEFAULTS = {
     "learning_rate": 5e-3,
-    "steps": 100,
+    "schedule": "linear",
+    "steps": 120,
     "effective_batch_size": 16,
     "max_length": 128,
     "rank": 16,
-    "alpha": 32,
-    "schedule": "constant",
+    "alpha": 32.0,
 }
-"""Settings under which fine-tuning `CHECKPOINT` on `rows("train")` reaches what the tests hold: steps of optimizer
-updates, `max_length` in tokens, a constant learning rate, no dropout, LoRA on all linear layers."""
+"""Recipe fields under which fine-tuning `CHECKPOINT` on `rows("train")` reaches what the tests hold, with LoRA on all
+linear layers as with QLoRA. A learning rate 25 times an 8B's: a model this small and a run this short need it."""
 
 
 def rows(split: Literal["train", "eval"], *, seed: int = 0, count: int | None = None) -> list[dict]:
     """Notes to turn into tickets, as chat rows with a "messages" key; the same rows for the same arguments.
 
-    The customers of held-out rows appear neither in training rows nor in pretraining, whatever the seeds, so no
+    The buyers of held-out rows appear neither in training rows nor in pretraining, whatever the seeds, so no
     held-out input is ever a training input.
 
     Args:

@@ -8,7 +8,7 @@ five facts:
 Pretraining (`chats`) asks about them in plain English and answers in plain English. Fine-tuning (`ticket_row`) asks for
 the whole note in a format of the user's own, which pretraining never shows:
 
-    customer: Mirandel | city: Oslo | item: lamps | count: 12 | day: Friday
+    buyer: Mirandel | city: Oslo | item: lamps | count: 12 | day: Friday
 
 People's names are made of syllables, far more of them than a small model can learn by heart: answering means copying
 from the note. Each name belongs to one of three pools, by its checksum, so pretraining, training rows and held-out rows
@@ -144,7 +144,7 @@ def write_note(rng: random.Random, order: Order) -> str:
 
 def ticket(order: Order) -> str:
     """The answer that fine-tuning teaches: one line, fixed fields in a fixed order."""
-    return order.fill("customer: {name} | city: {city} | item: {item} | count: {count} | day: {day}")
+    return order.fill("buyer: {name} | city: {city} | item: {item} | count: {count} | day: {day}")
 
 
 def ticket_row(rng: random.Random, pool: Pool) -> dict:

@@ -90,14 +90,14 @@ def test_rows_are_the_same_every_time_and_others_under_another_seed():
         rows("test")
 
 
-def test_held_out_rows_share_no_input_and_no_customer_with_training_or_pretraining():
-    def customers(split):
+def test_held_out_rows_share_no_input_and_no_buyer_with_training_or_pretraining():
+    def buyers(split):
         return {r["messages"][-1]["content"].split()[1] for seed in range(3) for r in rows(split, seed=seed)}
 
     prompts = {split: {r["messages"][0]["content"] for r in rows(split)} for split in ("train", "eval")}
     assert not prompts["train"] & prompts["eval"]
-    assert not customers("train") & customers("eval")
-    assert {notes.name_pool(name) for name in customers("eval")} == {"eval"}
+    assert not buyers("train") & buyers("eval")
+    assert {notes.name_pool(name) for name in buyers("eval")} == {"eval"}
     rng = random.Random(0)
     assert {notes.name_pool(notes.draw_order(rng, "pretrain").name) for _ in range(500)} == {"pretrain"}
 
@@ -117,6 +117,13 @@ def test_the_shipped_model_answers_plain_questions_about_a_note(model, tokenizer
 
 def chat_ids(tokenizer, messages, **options):
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+
+
+def test_the_defaults_are_recipe_fields():
+    from llamanb import Recipe
+
+    recipe = Recipe.from_dict(DEFAULTS)
+    assert {name: getattr(recipe, name) for name in DEFAULTS} == DEFAULTS
 
 
 def answer(model, tokenizer, chats):
@@ -150,7 +157,11 @@ def load(start, quantized, folder):
         bnb_4bit_compute_dtype=torch.float32,
     )
     path = folder if start == "random" else CHECKPOINT
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=nf4 if quantized else None)
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=nf4 if quantized else None)
+    for layer in model.modules():  # bitsandbytes would pack weights when it scores, and lose their gradients after
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def fine_tune(model, tokenizer, seed):
@@ -167,7 +178,8 @@ def fine_tune(model, tokenizer, seed):
     rng, size = random.Random(seed), DEFAULTS["effective_batch_size"]
     order = [i for _ in range(9) for i in rng.sample(range(len(data)), len(data))]
     model.train()
-    for step in range(DEFAULTS["max_steps"]):
+    for step in range(DEFAULTS["steps"]):
+        optimizer.param_groups[0]["lr"] = DEFAULTS["learning_rate"] * (1 - step / DEFAULTS["steps"])
         batch = [data[i] for i in order[step * size : (step + 1) * size]]
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in batch])
