@@ -3,12 +3,12 @@
 Everything is made from a seed by plain code, so there is nothing to download and nobody's data in it. A note carries
 five facts:
 
-    Note: Mirandel in Oslo ordered 12 lamps, to be sent on Friday.
+    Note: Tavilen in Oslo ordered 12 lamps, to be sent on Friday.
 
 Pretraining (`chats`) asks about them in plain English and answers in plain English. Fine-tuning (`ticket_row`) asks for
 the whole note in a format of the user's own, which pretraining never shows:
 
-    buyer: Mirandel | city: Oslo | item: lamps | count: 12 | day: Friday
+    buyer: Tavilen | city: Oslo | item: lamps | count: 12 | day: Friday
 
 People's names are made of syllables, far more of them than a small model can learn by heart: answering means copying
 from the note. Each name belongs to one of three pools, by its checksum, so pretraining, training rows and held-out rows

@@ -61,7 +61,7 @@ def test_llama_3_special_tokens_stand_under_their_names(tokenizer, model):
 
 
 @pytest.mark.parametrize(
-    "text", ["Mirandel in Oslo.", "  two  spaces\n\n\tand tabs ", "naïve 漢字 🦙 1234567", "it's | {x}"]
+    "text", ["Tavilen in Oslo.", "  two  spaces\n\n\tand tabs ", "naïve 漢字 🦙 1234567", "it's | {x}"]
 )
 def test_the_tokenizer_gives_any_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
@@ -106,13 +106,12 @@ def test_every_row_fits_the_recommended_length(tokenizer):
     assert all(len(chat_ids(tokenizer, row["messages"])) <= DEFAULTS["max_length"] for row in rows("train"))
 
 
-def test_the_shipped_model_answers_plain_questions_about_a_note(model, tokenizer):
-    note = "Note: Mirandel in Oslo ordered 12 lamps, to be sent on Friday."
-    chats = [
-        [{"role": "user", "content": f"{note} Who is it for?"}],
-        [{"role": "user", "content": f"{note} When is it due?"}],
-    ]
-    assert answer(model, tokenizer, chats) == ["It is for Mirandel.", "The day is Friday."]
+def test_the_shipped_model_answers_plain_questions_about_people_it_never_met(model, tokenizer):
+    rng = random.Random(0)
+    orders = [notes.draw_order(rng, "eval") for _ in range(40)]
+    chats = [[{"role": "user", "content": f"{notes.write_note(rng, o)} Who and where?"}] for o in orders]
+    right = [f"It is for {o.name} in {o.city}." for o in orders]
+    assert sum(a == b for a, b in zip(answer(model, tokenizer, chats), right, strict=True)) >= 32
 
 
 def chat_ids(tokenizer, messages, **options):
