@@ -40,10 +40,12 @@ def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
     from llamanb import plots
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model
-    from llamanb.training.trainer import StopAfter, build_trainer
+    from llamanb.training.trainer import StopAfter, build_trainer, warn_of_gaps
     from llamanb.watch.live import LiveView
 
     recipe = plan.recipe
+    if plan.card.is_gpu:
+        warn_of_gaps()
     transformers.set_seed(recipe.seed)
     callbacks = [StopAfter(recipe.stop_after_min)] if recipe.stop_after_min else []  # its clock starts before loading
     sampler.phase("load")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -72,6 +74,21 @@ def widen_trained(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+
+
+def warn_of_gaps() -> None:
+    """Warns where torch had made its allocator before `import llamanb` could ask for segments that grow.
+
+    The setting is read once. Without it memory breaks into gaps that no tensor fits: an out-of-memory error with
+    gigabytes free.
+    """
+    wanted = "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", "")
+    if wanted and not torch.cuda.memory._snapshot()["allocator_settings"].get("expandable_segments"):
+        warnings.warn(
+            "torch used the GPU before llamanb was imported, so its memory cannot use expandable segments and may "
+            "fragment. To mend it, restart the kernel and import llamanb first.",
+            stacklevel=2,
+        )
 
 
 class StopAfter(TrainerCallback):

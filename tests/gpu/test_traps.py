@@ -4,12 +4,15 @@ python -m pytest tests/gpu/test_traps.py -s
 """
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from llamanb import Card, Recipe, load_data, plan, train
 from llamanb.layout import EXPANDED_ATTENTION
 from tests.checkpoints import make_checkpoint
+from tests.conftest import ROOT
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -126,3 +129,18 @@ def test_auto_dtype_is_bf16(mini, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
     ours = load_model(plan(Recipe(model=str(folder), method="lora"), T4), load_tokenizer(folder))
     assert {p.dtype for p in ours.parameters()} == {torch.float16}
+
+
+def test_expandable_segments_asked_for_too_late_are_told():
+    code = """
+import torch
+torch.zeros(1, device="cuda")
+import llamanb
+from llamanb.training.trainer import warn_of_gaps
+warn_of_gaps()
+"""
+    late = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "restart the kernel" in late.stderr
+    in_time = code.replace("import torch\n", "", 1).replace("import llamanb\n", "", 1)
+    in_time = "import llamanb, torch" + in_time
+    assert "restart" not in subprocess.run([sys.executable, "-c", in_time], capture_output=True, text=True).stderr

@@ -1,0 +1,226 @@
+import csv
+import json
+import math
+import time
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamanb import Card, Recipe, load_adapter, load_data, plan, train
+from llamanb.errors import ModelError, RecipeError
+from llamanb.evaluate import answer, evaluate
+from llamanb.training.run import new_folder
+from llamanb.training.trainer import StopAfter, build_trainer, widen_trained
+
+CPU = Card("CPU", None)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"instruction": f"Say {n}.", "output": f"It is {n}."}) for n in range(12)))
+    return path
+
+
+@pytest.fixture
+def recipe(mini, rows):
+    fields = {"model": str(mini), "dataset": str(rows), "max_length": 128, "effective_batch_size": 4, "steps": 3}
+    return lambda **more: Recipe(**{**fields, "eval_rows": 2, "learning_rate": 1e-2, **more})
+
+
+@pytest.mark.parametrize("method", ["qlora-nf4", "qlora-fp4", "qlora-int8", "lora", "full"])
+def test_every_method_trains_saves_and_loads_again(recipe, tmp_path, method):
+    run = train(plan(recipe(method=method, steps=12), CPU), name="run", runs=tmp_path / "runs")
+    assert run.steps == list(range(1, 13))
+    assert run.scores.after.loss < run.scores.before.loss
+    model, tokenizer = load_adapter(run.folder)
+    question = run.scores.questions[0]
+    longest = 16 + len(tokenizer(run.scores.references[0])["input_ids"])
+    if method != "qlora-int8":  # its arithmetic depends on what else is in the batch
+        assert answer(model, tokenizer, question, max_new_tokens=longest) == run.scores.after.answers[0]
+    assert run.saved.name == ("model" if method == "full" else "adapter")
+
+
+def test_a_run_s_folder_tells_all(recipe, tmp_path):
+    run = train(plan(recipe(), CPU), name="mine", runs=tmp_path)
+    assert run.folder == tmp_path / "mine"
+    assert Recipe.load(run.folder / "recipe.json") == run.plan.recipe
+    with (run.folder / "metrics.csv").open() as file:
+        metrics = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in metrics] == [1, 2, 3]
+    assert all(
+        math.isfinite(float(row[column])) for row in metrics for column in ("loss", "learning_rate", "grad_norm")
+    )
+    with (run.folder / "memory.csv").open() as file:
+        assert all(float(row["used_gib"]) > 0 for row in csv.DictReader(file))
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run.folder / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert "loss per token" in (run.folder / "scores.txt").read_text()
+    for path, _ in run.files().rows:
+        assert path.startswith(str(run.folder))
+
+
+def test_a_run_never_writes_over_another(recipe, tmp_path):
+    p, data = plan(recipe(steps=1), CPU), load_data(recipe())
+    folders = [train(p, data, name="same", runs=tmp_path).folder.name for _ in range(3)]
+    assert folders == ["same", "same-2", "same-3"]
+
+
+@pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "", ".hidden", "a\nb", "x" * 200, None])
+def test_a_run_stays_in_its_folder(tmp_path, name):
+    with pytest.raises(RecipeError, match="cannot be named"):
+        new_folder(tmp_path, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _losses(recipe, tmp_path, **more):
+    return train(plan(recipe(**more), CPU), name="run", runs=tmp_path).losses
+
+
+def test_the_same_recipe_gives_the_same_losses(recipe, tmp_path):
+    assert _losses(recipe, tmp_path, dropout=0.1) == _losses(recipe, tmp_path, dropout=0.1)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_accumulation_changes_memory_and_not_what_is_learned(recipe, tmp_path, micro):
+    """The loss is divided by the trained tokens of the whole optimizer batch, not of each micro-batch."""
+    whole = _losses(recipe, tmp_path, method="lora", micro_batch_size=4)
+    parts = _losses(recipe, tmp_path, method="lora", micro_batch_size=micro)
+    assert parts == pytest.approx(whole, abs=1e-4)
+
+
+def test_no_row_held_out_means_no_scores(recipe, tmp_path):
+    run = train(plan(recipe(eval_rows=0), CPU), name="run", runs=tmp_path)
+    assert run.scores is None
+    with pytest.raises(RecipeError, match="eval_rows"):
+        run.compare()
+
+
+def test_stop_after_min_ends_with_the_adapter_saved(recipe, tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 10))  # ten seconds pass at every look
+    monkeypatch.setattr("llamanb.training.trainer.time.monotonic", lambda: next(clock))
+    run = train(plan(recipe(steps=50, stop_after_min=0.5), CPU), name="run", runs=tmp_path)
+    assert 0 < len(run.steps) < 50
+    assert list(run.saved.glob("*.safetensors"))
+
+
+def test_stop_after_counts_from_before_loading():
+    stop = StopAfter(minutes=1)
+    assert stop._end_s == pytest.approx(time.monotonic() + 60, abs=5)
+
+
+T4 = Card("T4", (7, 5), 14.56, attention=("memory-efficient", "math"), attention_gqa=("math",))
+
+
+def _trainer(recipe, tmp_path, card, monkeypatch, **more):
+    """The trainer as it would stand on a card, on a model that this machine can hold."""
+    from llamanb.model import attach_adapters, load_model
+    from llamanb.training import trainer
+
+    r = recipe(**more)
+    data = load_data(r)
+    model = attach_adapters(load_model(plan(r, CPU), data.tokenizer), r)
+    seen = {}
+
+    class Config(trainer.SFTConfig):
+        def __init__(self, **fields):
+            seen.update(fields)
+            # What a machine without a GPU refuses is recorded, and left out
+            super().__init__(**{**fields, "fp16": False, "bf16": False, "use_cpu": True, "optim": "adamw_torch"})
+
+    monkeypatch.setattr(trainer, "SFTConfig", Config)
+    built = build_trainer(plan(r, card), model, data, tmp_path, [])
+    return built, seen
+
+
+def test_a_t4_trains_in_fp16_whatever_trl_would_choose(recipe, tmp_path, monkeypatch):
+    trainer, config = _trainer(recipe, tmp_path, T4, monkeypatch)
+    assert (config["fp16"], config["bf16"]) == (True, False)
+    assert config["optim"] == "paged_adamw_8bit"
+    assert not config["gradient_checkpointing"]
+    assert not config["logging_nan_inf_filter"]
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_sft_trainer_narrows_adapters_and_we_widen_them(recipe, tmp_path, monkeypatch):
+    """The crash of fp16 recipes: a quantized model's adapters in bf16. When trl stops doing it, this test says so."""
+    monkeypatch.setattr("llamanb.training.trainer.widen_trained", lambda model: None)
+    trainer, _ = _trainer(recipe, tmp_path, T4, monkeypatch)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    widen_trained(trainer.model)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_labels_reach_the_loss_as_they_were_made(recipe, tmp_path, monkeypatch):
+    trainer, _ = _trainer(recipe, tmp_path, CPU, monkeypatch)
+    data = load_data(recipe())
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    trained = (batch["labels"] != -100).sum(1).tolist()
+    assert trained == [row.trained_tokens for row in data.train[:2]]
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == data.tokenizer.pad_token_id).all()
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_score_is_the_mean_over_trained_tokens(recipe):
+    r = recipe(method="lora", eval_rows=4)
+    data = load_data(r)
+    from llamanb.model import load_model
+
+    model = load_model(plan(r, CPU), data.tokenizer)
+    total = count = 0.0
+    for row in data.held_out:
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1].float()
+        labels = torch.tensor(row.labels[1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += row.trained_tokens
+    assert evaluate(model, data).loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_scoring_changes_neither_mode_nor_random_state(recipe):
+    from llamanb.model import load_model
+
+    r = recipe(method="lora")
+    data = load_data(r)
+    model = load_model(plan(r, CPU), data.tokenizer).train()
+    before = torch.get_rng_state()
+    evaluate(model, data)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_lesson_shows_no_library_chatter(recipe, tmp_path, capfd):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("always", FutureWarning)
+        load_adapter(train(plan(recipe(), CPU), name="run", runs=tmp_path).folder)
+    assert [str(w.message) for w in caught if w.category is not DeprecationWarning] == []
+    assert capfd.readouterr().err == ""
+
+
+def test_load_adapter_names_what_is_missing(tmp_path, recipe):
+    with pytest.raises(ModelError, match="not the folder of a run"):
+        load_adapter(tmp_path)
+    recipe().save(tmp_path / "recipe.json")
+    with pytest.raises(ModelError, match="no trained weights"):
+        load_adapter(tmp_path)
+
+
+def test_dora_and_rslora_train(recipe, tmp_path):
+    run = train(plan(recipe(dora=True, rslora=True, steps=2), CPU), name="run", runs=tmp_path)
+    names = load_file(run.saved / "adapter_model.safetensors").keys()
+    assert any("magnitude" in name for name in names)
+
+
+@pytest.mark.parametrize(("setting", "granted", "warned"), [("", False, False), ("x", True, False), ("x", False, True)])
+def test_a_fragmenting_allocator_is_told(monkeypatch, setting, granted, warned):
+    from llamanb.training.trainer import warn_of_gaps
+
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True" if setting else "max_split_size_mb:128")
+    snapshot = {"allocator_settings": {"expandable_segments": granted}}
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: snapshot)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_gaps()
+    assert len(caught) == warned
