@@ -59,6 +59,7 @@ def live_picture(sampler, steps: Sequence[int], losses: Sequence[float], status:
 
 def _draw_loss(axes, steps: Sequence[int], losses: Sequence[float]) -> str:
     _style(axes, "optimizer step", "loss per token")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.plot(*_thinned(steps, losses), color=LOSS, linewidth=1.5)
     if not losses:
         return "Loss: no step yet"
