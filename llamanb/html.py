@@ -19,6 +19,11 @@ def escape_text(text: object) -> str:
     return escaped
 
 
+def paragraph(text: object) -> str:
+    """Text that wraps where it must and keeps its own line breaks."""
+    return f"<div style='white-space:pre-wrap;line-height:1.5'>{escape_text(text)}</div>"
+
+
 class Table:
     """Rows under headers, as aligned text in a terminal and as a table in a notebook.
 

@@ -1,7 +1,7 @@
 """A form over a recipe's most asked questions: what is trained, rank, batch, length.
 
 It starts from a recipe and hands one back at any time, so a notebook runs the same with it and without a click. Only
-widgets that ipywidgets 7.7 (Colab) and 8 share, and only plain-text labels: nothing here is read as markup.
+widgets that ipywidgets 7.7 (Colab) and 8 share; no text here is read as markup.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ipywidgets
 from IPython.display import display
 
 from llamanb.errors import RecipeError
+from llamanb.html import paragraph
 from llamanb.recipe import METHODS, Recipe
 
 CHOICES = {
@@ -27,8 +28,8 @@ class RecipeForm:
     def __init__(self, recipe: Recipe):
         self._start = recipe
         self.widgets = {name: self._widget(name) for name in CHOICES}
-        self._hints = {name: ipywidgets.Label() for name in CHOICES}
-        self._message = ipywidgets.Label()
+        self._hints = {name: ipywidgets.Label(layout=ipywidgets.Layout(margin="2px 0 2px 1em")) for name in CHOICES}
+        self._message = ipywidgets.HTML(layout=ipywidgets.Layout(margin="0.5em 0 0 2px"))  # a Label would not wrap
         for widget in self.widgets.values():
             widget.observe(self._show, names="value")
         rows = [ipywidgets.HBox([self.widgets[name], self._hints[name]]) for name in CHOICES]
@@ -48,7 +49,10 @@ class RecipeForm:
         if name == "rank":
             if self.widgets["method"].value == "full":
                 return "not used: full fine-tuning has no adapters"
-            return f"adapters {value / self._start.rank:g} times the size of the recipe's"
+            start = self._start.rank
+            return "size of the adapters" + (
+                f": {value / start:.3g} times that of rank {start}" if value != start else ""
+            )
         if name == "effective_batch_size":
             return f"rows a step, up to {value * self.widgets['max_length'].value:,} tokens"
         return "tokens in the longest row"
@@ -63,13 +67,15 @@ class RecipeForm:
     def _show(self, change=None) -> None:
         for name, label in self._hints.items():
             label.value = self.hint(name)
+        self._message.value = paragraph(self._summary())
+
+    def _summary(self) -> str:
         try:
             recipe = self.recipe
         except RecipeError as error:
-            self._message.value = " ".join(str(error).split())
-        else:
-            length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
-            self._message.value = f"{recipe.model} on {recipe.dataset}, {recipe.method}, {length}"
+            return str(error)
+        length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
+        return f"model {recipe.model} · rows {recipe.dataset} · {recipe.method} · {length}"
 
     def _ipython_display_(self) -> None:
         display(self._box)

@@ -74,7 +74,10 @@ class MemorySampler:
         if known and known.is_of(total):
 
             def read():
-                return nvml_memory(nvml, handle).used / GIB, torch.cuda.memory_reserved(index) / GIB
+                memory = nvml_memory(nvml, handle)
+                if memory is None:
+                    raise RuntimeError("NVML no longer answers")
+                return memory.used / GIB, torch.cuda.memory_reserved(index) / GIB
 
             return cls(read, "VRAM in use (NVML)", known.total / GIB)
 

@@ -1,0 +1,78 @@
+"""The quickstart in JupyterLab: Run All, a form moved by keyboard, a picture that moves while training."""
+
+import json
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+BEFORE_THE_FORM = ("setup", "parameters")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_run_all(open_lab, server, theme):
+    runs = {path.name for path in server.folder.glob("runs/*")}
+    lab = open_lab("01_quickstart", theme)
+    light = lab.page.locator("body").get_attribute("data-jp-theme-light")
+    assert light == str(theme == "light").lower()
+
+    lab.watch_pictures("train")
+    lab.run_all()
+    expect(lab.output("form").locator(".widget-hslider")).to_have_count(3)
+    expect(lab.output("form").locator("select")).to_have_value("qlora-nf4")
+    lab.save_picture(f"form-{theme}", "form")
+
+    lab.wait_for_pictures(3)
+    assert "[*]" in lab.cell("train").locator(".jp-InputPrompt").inner_text(), "pictures come while training runs"
+    lab.save_picture(f"training-{theme}", "train")
+
+    lab.wait_for_the_end()
+    for name, cell in {"data": "data", "plan": "plan", "trained": "train", "result": "result", "loss": "loss"}.items():
+        lab.save_picture(f"{name}-{theme}", cell)
+    lab.save_picture(f"memory-{theme}", "memory")
+    lab.save_picture(f"files-{theme}", "files")
+    assert lab.noise() == []
+    assert lab.cut_off() == []
+    result = lab.output("result").inner_text()
+    assert re.search(r"held-out rows\s+before\s+after", result)
+    assert re.search(r"exact match\s+\d+%\s+\d+%", result)
+    for cell in ("loss", "memory"):
+        assert lab.output(cell).locator("img").evaluate("image => image.complete && image.naturalWidth > 300")
+    (run,) = {path for path in server.folder.glob("runs/*") if path.name not in runs}
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_form_moved_by_keyboard_decides_what_runs(open_lab):
+    lab = open_lab("01_quickstart", model="tiny", dataset="tiny", effective_batch_size=16, max_length=128)
+    for cell in (*BEFORE_THE_FORM, "form"):
+        lab.run_cell(cell)
+    row = lab.output("form").locator(".widget-hbox").filter(has=lab.page.get_by_text("Batch", exact=True))
+    expect(row).to_contain_text("rows a step, up to 2,048 tokens")
+
+    handle = row.locator(".noUi-handle")
+    handle.focus()
+    handle.press("ArrowLeft")
+    expect(row).to_contain_text("rows a step, up to 1,024 tokens")
+    expect(row.locator(".widget-readout")).to_have_text("8")
+    lab.save_picture("form-moved", "form")
+
+    lab.run_cell("data")
+    lab.run_cell("plan")
+    expect(lab.output("plan")).to_contain_text("1 × 8 rows of up to 128 tokens")
+    assert lab.noise() == []
+
+
+def test_a_recipe_that_cannot_work_says_what_why_and_how_to_fix(open_lab):
+    lab = open_lab("01_quickstart", model="tiny", dataset="no-such-file.jsonl")
+    lab.run_all()
+    lab.wait_for_the_end()
+    lab.save_picture("error", "data")
+    (text,) = lab.noise()
+    what, why, fix = text.strip().splitlines()
+    assert what.startswith("DataError: ")
+    assert "no-such-file.jsonl" in what
+    assert why.startswith("  why: ")
+    assert fix.startswith("  fix: ")
+    assert "Traceback" not in text
+    expect(lab.cell("plan").locator(".jp-InputPrompt")).to_have_text("[ ]:")

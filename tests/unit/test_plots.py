@@ -1,0 +1,88 @@
+"""Every picture: a PNG for the eye, and the same figures in words."""
+
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from llamanb import plots
+from llamanb.watch.sampler import MemorySampler, Phase, Sample
+
+
+def sampler(samples=(), phases=(), limit_gib=None, missing="") -> MemorySampler:
+    made = MemorySampler(lambda: (0.0, None), "VRAM in use (test)", limit_gib)
+    made.samples, made.phases, made.missing = [Sample(*s) for s in samples], [Phase(*p) for p in phases], missing
+    return made
+
+
+TWO_SAMPLES = sampler([(0.0, 1.0, 0.5), (1.0, 3.0, 2.0), (2.0, 2.0, 1.5)], [(0.0, "load"), (1.0, "train")], 15.0)
+
+
+def size(picture) -> tuple[int, int]:
+    """Width and height in pixels, from a PNG's header."""
+    assert picture.png[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", picture.png[16:24])
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        plots.loss_picture([1, 2, 3], [2.0, 1.0, 0.5]),
+        plots.loss_picture([], []),
+        plots.loss_picture([1, 2], [float("nan"), float("inf")]),
+        plots.memory_picture(TWO_SAMPLES),
+        plots.memory_picture(sampler()),
+        plots.memory_picture(sampler([(0.0, 1.0, None)], [(0.0, "load")])),
+        plots.live_picture(TWO_SAMPLES, [1], [2.0], "step 1 of 3"),
+        plots.live_picture(sampler(), [], [], "step 0 of 3"),
+    ],
+)
+def test_every_picture_is_a_png_that_fits_a_notebook(picture, tmp_path):
+    width, height = size(picture)
+    assert 500 < width < 1200
+    assert 200 < height < 500
+    assert picture._repr_png_() == picture.png
+    picture.save(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes() == picture.png
+
+
+def test_the_loss_in_words():
+    assert repr(plots.loss_picture([1, 2, 3], [2.0, 1.0, 0.5])) == "Loss: 2.000 at step 1, 0.500 at step 3"
+    assert repr(plots.loss_picture([], [])) == "Loss: no step yet"
+
+
+def test_the_memory_in_words():
+    words = repr(plots.memory_picture(TWO_SAMPLES))
+    assert words == "VRAM in use (test): 2.00 GiB now, 3.00 GiB at most of 15.0 GiB"
+    assert repr(plots.memory_picture(sampler())) == "VRAM in use (test): no sample yet"
+    gone = sampler([(0.0, 1.0, None)], missing="no more samples after 1 s: OSError: gone")
+    assert "no more samples after 1 s" in repr(plots.memory_picture(gone))
+
+
+def test_the_live_picture_says_all_of_it():
+    words = repr(plots.live_picture(TWO_SAMPLES, [1], [2.0], "step 1 of 3, 0:10 left"))
+    for part in ("step 1 of 3, 0:10 left", "3.00 GiB at most", "Loss: 2.000 at step 1"):
+        assert part in words
+
+
+def test_thinning_keeps_the_peak_the_order_and_few_points():
+    x = list(range(100_003))
+    y = [float(i % 7) for i in x]
+    y[54_321] = 1000.0
+    thin_x, thin_y = plots._thinned(x, y)
+    assert len(thin_x) == len(thin_y) <= plots.MOST_POINTS
+    assert max(thin_y) == 1000.0
+    assert thin_x[thin_y.index(1000.0)] == 54_321
+    assert thin_x == sorted(thin_x)
+
+
+def test_few_points_stay_as_they_are():
+    assert plots._thinned([1, 2, 3], [3.0, 1.0, 2.0]) == ([1, 2, 3], [3.0, 1.0, 2.0])
+    assert plots._thinned([], []) == ([], [])
+
+
+def test_pyplot_and_its_global_state_are_never_loaded():
+    code = "import sys; from llamanb import plots; plots.loss_picture([1], [1.0]); print('matplotlib.pyplot' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
