@@ -15,6 +15,7 @@ from llamanb import hub
 from llamanb.errors import DataError, DiskFullError, ModelError, ModelNotFoundError
 
 LLAMA = json.dumps({"model_type": "llama"}).encode()
+ROWS = b'{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}\n'
 ANSWERS = {  # repository: (status, X-Error-Code, X-Error-Message)
     "meta-llama/Llama-3.2-1B": (403, "GatedRepo", "Access to model is restricted"),
     "meta-llama/no-token": (401, "GatedRepo", "Access to model is restricted"),
@@ -42,7 +43,15 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             if path.startswith(f"/{name}/resolve/"):
                 body = LLAMA if path.endswith("config.json") else b"abc"
                 return self._send(200, body, {"ETag": '"e"', "X-Repo-Commit": "a" * 40})
-        return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        if path.startswith("/api/datasets/owner/rows/tree/"):
+            entry = {"type": "file", "path": "rows.jsonl", "size": len(ROWS), "oid": "0" * 40}
+            return self._send(200, json.dumps([entry]).encode())
+        if path.startswith("/api/datasets/owner/rows"):
+            info = {"id": "owner/rows", "sha": "a" * 40, "siblings": [{"rfilename": "rows.jsonl"}], "tags": []}
+            return self._send(200, json.dumps({**info, "private": False, "downloads": 0}).encode())
+        if path.startswith("/datasets/owner/rows/resolve/") and path.endswith("rows.jsonl"):
+            return self._send(200, ROWS, {"ETag": '"e"', "X-Repo-Commit": "a" * 40})
+        return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound" if "/rows" in path else "RepoNotFound"})
 
     do_HEAD = do_GET
 
@@ -68,11 +77,17 @@ def endpoint():
 
 
 def ask(model: str, endpoint: str, home: Path, token: str = "", weights: bool = False) -> str:
-    """What `checkpoint_folder` says in a fresh process (the Hub's client reads its settings once)."""
+    """What `checkpoint_folder` says."""
+    return said_by(f'print("folder", hub.checkpoint_folder({model!r}, weights={weights}))', endpoint, home, token)
+
+
+def said_by(statement: str, endpoint: str, home: Path, token: str = "") -> str:
+    """What a statement prints in a fresh process (the Hub's client reads its settings once)."""
     code = f"""
 from llamanb import LlamanbError, hub
+from llamanb.data.read import read_rows
 try:
-    print("folder", hub.checkpoint_folder({model!r}, weights={weights}))
+    {statement}
 except LlamanbError as error:
     print(type(error).__name__, error)
 """
@@ -100,6 +115,22 @@ def test_each_refusal_has_its_own_error(model, token, error, fix, endpoint, tmp_
     assert said.startswith(error)
     assert fix in said
     assert not token or token not in said
+
+
+def test_rows_from_the_hub(endpoint, tmp_path):
+    said = said_by('print([(r.place, r.values["output"]) for r in read_rows("owner/rows")[0]])', endpoint, tmp_path)
+    assert said.strip() == "[('row 1', 'b'), ('row 2', 'd')]"
+
+
+def test_a_dataset_that_is_not_there(endpoint, tmp_path):
+    said = said_by('read_rows("owner/nothing")', endpoint, tmp_path)
+    assert said.startswith("DataError dataset owner/nothing cannot be read")
+
+
+def test_a_split_that_is_not_there(endpoint, tmp_path):
+    said = said_by('read_rows("owner/rows", "tset")', endpoint, tmp_path)
+    assert said.startswith("DataError dataset owner/rows cannot be read")
+    assert "tset" in said
 
 
 def test_no_network(tmp_path):
