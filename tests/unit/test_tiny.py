@@ -106,6 +106,14 @@ def test_every_row_fits_the_recommended_length(tokenizer):
     assert all(len(chat_ids(tokenizer, row["messages"])) <= DEFAULTS["max_length"] for row in rows("train"))
 
 
+def test_answers_need_only_tokens_that_pretraining_taught(tokenizer):
+    rng = random.Random(0)
+    taught = {token for _ in range(8000) for token in chat_ids(tokenizer, notes.chat(rng))}
+    answers = [row["messages"][-1]["content"] for split in ("train", "eval") for row in rows(split, count=300)]
+    needed = {token for text in answers for token in tokenizer.encode(text)}
+    assert tokenizer.convert_ids_to_tokens(needed - taught) == []
+
+
 def test_the_shipped_model_answers_plain_questions_about_people_it_never_met(model, tokenizer):
     rng = random.Random(0)
     orders = [notes.draw_order(rng, "eval") for _ in range(40)]
