@@ -53,5 +53,5 @@ class Table:
             "<tr>" + "".join(f"<td style='{style}'>{escape_text(cell)}</td>" for cell in row) + "</tr>"
             for row in self.rows
         )
-        caption = f"<caption>{escape_text(self.caption)}</caption>" if self.caption else ""
+        caption = f"<caption style='text-align:left'>{escape_text(self.caption)}</caption>" if self.caption else ""
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

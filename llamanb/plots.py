@@ -8,10 +8,11 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#7a7a7a"
 MEMORY, TORCH, LOSS, LIMIT = "#2f81f7", "#a371f7", "#e8710a", "#d1242f"
-PHASES = ("#8884", "#8882")
+PHASES = ("#8883", "#8881")
 MOST_POINTS = 500
 
 
@@ -60,20 +61,26 @@ def live_picture(sampler, steps: Sequence[int], losses: Sequence[float], status:
 def _draw_loss(axes, steps: Sequence[int], losses: Sequence[float]) -> str:
     _style(axes, "optimizer step", "loss per token")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.plot(*_thinned(steps, losses), color=LOSS, linewidth=1.5)
     if not losses:
+        axes.set(xticks=[], yticks=[])
         return "Loss: no step yet"
-    axes.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), color=LOSS, fontsize=9, ha="right", va="bottom")
+    axes.plot(*_thinned(steps, losses), color=LOSS, linewidth=1.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    beside = {"xytext": (4, 0), "textcoords": "offset points", "ha": "left", "va": "center"}  # the curve stays clear
+    axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), color=LOSS, fontsize=9, **beside)
     return f"Loss: {losses[0]:.3f} at step {steps[0]}, {losses[-1]:.3f} at step {steps[-1]}"
 
 
 def _draw_memory(axes, sampler) -> str:
     samples, phases = list(sampler.samples), list(sampler.phases)
     _style(axes, "seconds", "GiB")
-    axes.set_title(sampler.source, color=INK, fontsize=9, loc="left")
     if not samples:
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(sampler.source, color=INK, fontsize=9, loc="left")
         return f"{sampler.source}: no sample yet"
     times, used = [s.time_s for s in samples], [s.used_gib for s in samples]
+    axes.set_title(f"{sampler.source}: at most {max(used):.2f} GiB", color=INK, fontsize=9, loc="left")
+    axes.set_xlim(0, max(times[-1], 1.0))
     axes.plot(*_thinned(times, used), color=MEMORY, linewidth=1.5, label="in use")
     if samples[-1].torch_gib is not None:
         axes.plot(

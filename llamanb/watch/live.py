@@ -14,8 +14,10 @@ from llamanb.plots import live_picture
 from llamanb.watch.sampler import MemorySampler
 
 DRAWING_SHARE = 0.01
-FREE_DRAWING_S = 1.5
-"""Seconds of drawing granted to every run, so that a run of one minute is seen to move too."""
+FREE_FRAMES = 6
+"""Pictures that every run gets before that share is counted, so that a run of one minute is seen to move too."""
+APART = 10
+"""Times its own drawing time that a picture stays before the next."""
 LINES = 12
 """Lines of words over a whole run, about."""
 
@@ -28,8 +30,8 @@ class LiveView(TrainerCallback):
         self.steps: list[int] = []
         self.losses: list[float] = []
         self._display = None
-        self._drawing_s = 0.0
-        self._frame_s = 0.3
+        self._frames, self._counted_s = 0, 0.0
+        self._frame_s = 0.3  # a guess, until the second one: the first also warms matplotlib up
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start_s = self._last_draw_s = time.monotonic()
@@ -44,10 +46,10 @@ class LiveView(TrainerCallback):
         status = self._status(state)
         if state.global_step % max(1, state.max_steps // LINES) == 0 or state.global_step in (1, state.max_steps):
             print(status, flush=True)
-        elapsed = time.monotonic() - self._start_s
-        allowed = FREE_DRAWING_S + DRAWING_SHARE * elapsed
-        due = time.monotonic() - self._last_draw_s > 10 * self._frame_s  # frames of a short run come spread out
-        if due and self._drawing_s + self._frame_s < allowed:
+        now = time.monotonic()
+        allowed = DRAWING_SHARE * (now - self._start_s)
+        due = now - self._last_draw_s > APART * self._frame_s
+        if due and (self._frames < FREE_FRAMES or self._counted_s + self._frame_s < allowed):
             self._draw(status)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -68,8 +70,11 @@ class LiveView(TrainerCallback):
         begin = time.monotonic()
         self._display.update(live_picture(self.sampler, self.steps, self.losses, status))
         self._last_draw_s = time.monotonic()
-        self._frame_s = self._last_draw_s - begin
-        self._drawing_s += self._frame_s
+        if self._frames:
+            self._frame_s = self._last_draw_s - begin
+        if self._frames >= FREE_FRAMES:
+            self._counted_s += self._frame_s
+        self._frames += 1
 
 
 def _display_handle():

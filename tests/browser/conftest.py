@@ -147,7 +147,7 @@ def browser(chromium):
 
 @pytest.fixture
 def open_lab(server, browser):
-    """`open_lab(name, theme, **parameters)`: a copy of a notebook, with these in its parameters cell, in a fresh page."""
+    """`open_lab(name, theme, **parameters)`: a copy of a notebook with these parameters, in a fresh page."""
     pages = []
 
     def open_notebook(name: str, theme: str = "light", **parameters) -> Lab:

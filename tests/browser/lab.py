@@ -15,7 +15,7 @@ STARTED = f"{PROMPTS}.some(prompt => prompt !== '[ ]:')"
 ENDED = f"!{PROMPTS}.includes('[*]:')"  # an error leaves the cells below it at [ ]
 WATCH_PICTURES = """cell => {
     window.pictures = new Set();
-    const look = () => cell.querySelectorAll('.jp-OutputArea-output img').forEach(image => window.pictures.add(image.src));
+    const look = () => cell.querySelectorAll('.jp-OutputArea-output img').forEach(e => window.pictures.add(e.src));
     new MutationObserver(look).observe(cell, {subtree: true, childList: true, attributes: true});
 }"""
 CUT_OFF = """() => [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output, .widget-label, .widget-readout')]

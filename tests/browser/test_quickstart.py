@@ -1,6 +1,5 @@
 """The quickstart in JupyterLab: Run All, a form moved by keyboard, a picture that moves while training."""
 
-import json
 import re
 
 import pytest

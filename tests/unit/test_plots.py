@@ -83,6 +83,7 @@ def test_few_points_stay_as_they_are():
 
 
 def test_pyplot_and_its_global_state_are_never_loaded():
-    code = "import sys; from llamanb import plots; plots.loss_picture([1], [1.0]); print('matplotlib.pyplot' in sys.modules)"
+    draw = "from llamanb import plots; plots.loss_picture([1], [1.0])"
+    code = f"import sys; {draw}; print('matplotlib.pyplot' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
