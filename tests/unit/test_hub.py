@@ -42,7 +42,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
                 return self._send(200, json.dumps(entries if "/tree/" in path else info).encode())
             if path.startswith(f"/{name}/resolve/"):
                 body = LLAMA if path.endswith("config.json") else b"abc"
-                return self._send(200, body, {"ETag": '"e"', "X-Repo-Commit": "a" * 40})
+                return self._send(200, body, {"ETag": f'"{hash(body)}"', "X-Repo-Commit": "a" * 40})
         if path.startswith("/api/datasets/owner/rows/tree/"):
             entry = {"type": "file", "path": "rows.jsonl", "size": len(ROWS), "oid": "0" * 40}
             return self._send(200, json.dumps([entry]).encode())

@@ -1,6 +1,7 @@
 """The arrows of the design: who may import whom, and that `import llamanb` stays light."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_import_loads_neither_torch_nor_matplotlib():
     code = f"import llamanb, sys; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_import_settles_what_torch_reads_only_once():
+    names = "OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF"
+    code = f"import llamanb, os; print([os.environ.get(n) for n in {names}])"
+    env = {name: value for name, value in os.environ.items() if name not in (*names, "PYTORCH_CUDA_ALLOC_CONF")}
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert asked.stdout.strip() == "['PASSIVE', 'expandable_segments:True']"
+    own = {**env, "OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    kept = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=own)
+    assert kept.stdout.strip() == "['ACTIVE', None]"
 
 
 def test_every_public_name_loads():
