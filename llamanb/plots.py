@@ -8,7 +8,6 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 INK = "#7a7a7a"
 MEMORY, TORCH, LOSS, LIMIT = "#2f81f7", "#a371f7", "#e8710a", "#d1242f"
@@ -65,7 +64,6 @@ def _draw_loss(axes, steps: Sequence[int], losses: Sequence[float]) -> str:
         axes.set(xticks=[], yticks=[])
         return "Loss: no step yet"
     axes.plot(*_thinned(steps, losses), color=LOSS, linewidth=1.5)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     beside = {"xytext": (4, 0), "textcoords": "offset points", "ha": "left", "va": "center"}  # the curve stays clear
     axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), color=LOSS, fontsize=9, **beside)
     return f"Loss: {losses[0]:.3f} at step {steps[0]}, {losses[-1]:.3f} at step {steps[-1]}"

@@ -30,7 +30,7 @@ def run_notebook(tmp_path, monkeypatch):
     (kernel / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
 
-    def run(name: str, **parameters) -> nbformat.NotebookNode:
+    def run(name: str, /, **parameters) -> nbformat.NotebookNode:
         source, executed = ROOT / "notebooks" / f"{name}.ipynb", tmp_path / f"{name}.ipynb"
         unknown = parameters.keys() - papermill.inspect_notebook(str(source)).keys()
         assert not unknown, f"{source.name} has no parameter {sorted(unknown)}"
