@@ -13,6 +13,8 @@ INK = "#7a7a7a"
 MEMORY, TORCH, LOSS, LIMIT = "#2f81f7", "#a371f7", "#e8710a", "#d1242f"
 PHASES = ("#8883", "#8881")
 MOST_POINTS = 500
+LETTER_IN = 0.07
+"""Width of a letter of a phase's name, in inches."""
 
 
 class Picture:
@@ -88,10 +90,11 @@ def _draw_memory(axes, sampler) -> str:
         axes.axhline(sampler.limit_gib, color=LIMIT, linewidth=1, linestyle="--", label="all there is")
     top = max(max(used), sampler.limit_gib or 0.0)
     axes.set_ylim(0, top * 1.18)
+    letter_s = LETTER_IN / (axes.get_window_extent().width / axes.figure.dpi) * axes.get_xlim()[1]
     for i, phase in enumerate(phases):
         end = phases[i + 1].start_s if i + 1 < len(phases) else times[-1]
         axes.axvspan(phase.start_s, end, color=PHASES[i % 2], linewidth=0)
-        if end - phase.start_s > 0.06 * times[-1]:  # a name needs room
+        if end - phase.start_s > (len(phase.name) + 2) * letter_s:  # a name needs room
             axes.text(phase.start_s, top * 1.1, " " + phase.name, color=INK, fontsize=8, va="center")
     if len(axes.lines) > 1:
         axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="lower right")

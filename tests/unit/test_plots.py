@@ -1,10 +1,13 @@
 """Every picture: a PNG for the eye, and the same figures in words."""
 
+import itertools
 import struct
 import subprocess
 import sys
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from llamanb import plots
 from llamanb.watch.sampler import MemorySampler, Phase, Sample
@@ -64,6 +67,30 @@ def test_the_live_picture_says_all_of_it():
     words = repr(plots.live_picture(TWO_SAMPLES, [1], [2.0], "step 1 of 3, 0:10 left"))
     for part in ("step 1 of 3, 0:10 left", "3.00 GiB at most", "Loss: 2.000 at step 1"):
         assert part in words
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_names_of_phases_never_run_into_each_other(columns):
+    samples = [(second, 1.0, None) for second in range(101)]
+    shown = set()
+    for length in (1, 3, 5, 7, 9, 12, 20, 30):
+        phases = [
+            (0, "load"),
+            (20, "score"),
+            (20 + length, "train"),
+            (100 - length, "score"),
+            (100 - length / 2, "save"),
+        ]
+        figure = Figure(figsize=(5 + 5 * (columns - 1), 2.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, columns, squeeze=False)[0][0]
+        plots._draw_memory(axes, sampler(samples, phases))
+        figure.draw_without_rendering()
+        boxes = sorted((text.get_window_extent().extents[[0, 2]] for text in axes.texts), key=lambda ends: ends[0])
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(boxes)), length
+        assert boxes[-1][1] <= axes.get_window_extent().x1
+        shown |= {text.get_text().strip() for text in axes.texts}
+    assert shown == {"load", "score", "train", "save"}
 
 
 def test_thinning_keeps_the_peak_the_order_and_few_points():
