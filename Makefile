@@ -10,7 +10,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-NEEDS := requirements.txt constraints.txt pyproject.toml llamanb/torch_build.py
+NEEDS := requirements.txt constraints.txt pyproject.toml llamanb/setup/torch_build.py
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 WORKERS ?= 2
@@ -101,7 +101,7 @@ $(PY):
 	@$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(NEEDS) | $(PY)
-	@start=$$SECONDS; torch=$$($(PY) -m llamanb.torch_build); \
+	@start=$$SECONDS; torch=$$($(PY) -m llamanb.setup.torch_build); \
 	echo "install: $$torch and requirements.txt, at the versions of constraints.txt (a few minutes)"; \
 	$(PIP) install $$torch -c constraints.txt; \
 	$(PIP) install -q -r requirements.txt -c constraints.txt setuptools; \

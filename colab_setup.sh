@@ -4,7 +4,7 @@
 #   bash colab_setup.sh [PYTHON]      PYTHON: whose packages to set up; the default is python3
 #
 # Moves only what must move, leaves torch and numpy alone, installs llamanb from the checkout this file lies in. A second
-# run finds nothing to do. The work is in llamanb/setup_env.py; the reasons are in docs/decisions/0002-colab.md.
+# run finds nothing to do. The work is in llamanb/setup/environment.py; the reasons are in docs/decisions/0002-colab.md.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -34,4 +34,4 @@ EOF
        $python -m venv ~/llamanb-venv && bash $here/colab_setup.sh ~/llamanb-venv/bin/python"
 fi
 
-PYTHONPATH="$here" PYTHONDONTWRITEBYTECODE=1 exec "$python" -m llamanb.setup_env
+PYTHONPATH="$here" PYTHONDONTWRITEBYTECODE=1 exec "$python" -m llamanb.setup.environment

@@ -47,7 +47,7 @@ def make_colab(folder: Path) -> None:
     python = folder / "bin" / "python"
     pip_line = next(line for line in FREEZE.read_text().splitlines() if line.startswith("pip=="))
     run(python, "-m", "pip", "install", "-q", pip_line)
-    torch = run(python, "-m", "llamanb.torch_build", cwd=ROOT, env=without_gpu()).stdout.split()
+    torch = run(python, "-m", "llamanb.setup.torch_build", cwd=ROOT, env=without_gpu()).stdout.split()
     run(python, "-m", "pip", "install", "-q", *torch, "-r", FREEZE, timeout_s=1200)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llamanb.setup_check import SETUP_CELL
+from llamanb.setup.loaded import SETUP_CELL
 from tests.colab.image import DIFFERS, FREEZE, ROOT, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("colab")]

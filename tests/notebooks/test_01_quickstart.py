@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from llamanb import Recipe, tiny
-from llamanb.setup_check import SETUP_CELL
+from llamanb.setup.loaded import SETUP_CELL
 
 ROWS, STEPS = Recipe().eval_rows, tiny.DEFAULTS["steps"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llamanb import REPOSITORY, __version__
-from llamanb.setup_check import SETUP_CELL
+from llamanb.setup.loaded import SETUP_CELL
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

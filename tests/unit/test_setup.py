@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import llamanb
-from llamanb import setup_env
 from llamanb.errors import LlamanbError
-from llamanb.setup_check import SETUP_CELL, RestartNeededError, check_loaded, loaded_but_stale
-from llamanb.setup_env import Package, Requirement, broken_wishes, read_requirements, unmet, write_constraints
+from llamanb.setup import environment
+from llamanb.setup.environment import Package, Requirement, broken_wishes, read_requirements, unmet, write_constraints
+from llamanb.setup.loaded import SETUP_CELL, RestartNeededError, check_loaded, loaded_but_stale
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +82,7 @@ def test_setup_cell_does_nothing_where_llamanb_is_installed():
 def site(tmp_path, monkeypatch):
     """A folder of installed packages, first on the path: `site(x="26.0.1")` installs x, `site(x=None)` removes it."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("llamanb.setup_check._watched", lambda: ["pyarrow-x", "jinja-x", "torchao-x"])
+    monkeypatch.setattr("llamanb.setup.loaded._watched", lambda: ["pyarrow-x", "jinja-x", "torchao-x"])
 
     def install(**versions: str) -> None:
         for name, version in versions.items():
@@ -131,7 +131,7 @@ def test_real_packages_say_the_version_they_are_installed_as():
     code = """
 import importlib, re, sys, warnings
 warnings.simplefilter("ignore")
-from llamanb import setup_check
+from llamanb.setup import loaded
 lines = [line.partition("#")[0] for line in open("requirements.txt")]
 names = [re.match(r"[\\w.-]+", line)[0] for line in lines if line.strip()]
 for name in names:
@@ -139,8 +139,8 @@ for name in names:
         importlib.import_module(name.replace("-", "_"))
     except ImportError:
         print("not imported:", name)
-setup_check._watched = lambda: names
-print(setup_check.loaded_but_stale())
+loaded._watched = lambda: names
+print(loaded.loaded_but_stale())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -203,14 +203,14 @@ def pip(monkeypatch):
         status, said = outcomes.pop(0) if outcomes else (0, "")
         return subprocess.CompletedProcess(arguments, status, "", said)
 
-    monkeypatch.setattr(setup_env, "run_pip", answer)
+    monkeypatch.setattr(environment, "run_pip", answer)
     answer.asked, answer.outcomes = asked, outcomes
     return answer
 
 
 def test_where_holding_everything_cannot_work_only_torch_and_numpy_are_held(pip, capsys):
     pip.outcomes.append((1, "ERROR: ResolutionImpossible: for help visit"))
-    setup_env.move_packages(IMAGE, ["datasets", "pyarrow"])
+    environment.move_packages(IMAGE, ["datasets", "pyarrow"])
     first, second = (constraints.splitlines() for _, constraints in pip.asked)
     assert "dill==0.3.8" in first
     assert [line for line in second if "==" in line] == ["numpy==2.1.3", "torch==2.11.0+cu128"]
@@ -221,15 +221,15 @@ def test_where_holding_everything_cannot_work_only_torch_and_numpy_are_held(pip,
 def test_pips_failure_is_said_once_with_a_way_out(pip):
     pip.outcomes.append((1, "WARNING: Retrying\nERROR: No matching distribution found for trl>=1.16"))
     with pytest.raises(LlamanbError, match="No matching distribution found for trl") as caught:
-        setup_env.move_packages(IMAGE, ["datasets"])
+        environment.move_packages(IMAGE, ["datasets"])
     assert len(pip.asked) == 1
     assert "Internet > On" in caught.value.fix
 
 
 def test_an_image_with_a_torch_too_old_is_left_alone(pip, monkeypatch):
-    monkeypatch.setattr(setup_env, "read_installed", lambda: IMAGE | {"torch": Package("torch", "2.6.0+cu124", [])})
+    monkeypatch.setattr(environment, "read_installed", lambda: IMAGE | {"torch": Package("torch", "2.6.0+cu124", [])})
     with pytest.raises(LlamanbError, match=r"torch 2\.6\.0\+cu124 is too old") as caught:
-        setup_env.setup()
+        environment.setup()
     assert "make -C" in caught.value.fix
     assert pip.asked == []
 

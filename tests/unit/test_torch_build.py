@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llamanb import torch_build
 from llamanb.errors import GpuError
-from llamanb.torch_build import VERSION, answers, choose_build, parse_proc_version, read_gpus
+from llamanb.setup import torch_build
+from llamanb.setup.torch_build import VERSION, answers, choose_build, parse_proc_version, read_gpus
 
 ROOT = Path(__file__).parents[2]
 P100, V100, T4, A100, RTX4090, H100 = (6, 0), (7, 0), (7, 5), (8, 0), (8, 9), (9, 0)
@@ -179,7 +179,7 @@ def test_probe_gives_up_in_time():
 
 def run_module(**changes: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-S", "-m", "llamanb.torch_build"],  # -S: no site-packages, as before any installation
+        [sys.executable, "-S", "-m", "llamanb.setup.torch_build"],  # -S: no site-packages, as before any installation
         cwd=ROOT,
         env={**os.environ, **changes},
         capture_output=True,

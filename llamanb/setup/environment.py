@@ -1,6 +1,6 @@
 """Brings an environment that already holds packages up to what llamanb needs, and moves as little as it can.
 
-    bash colab_setup.sh      # finds the Python, then runs `python -m llamanb.setup_env` from the checkout
+    bash colab_setup.sh      # finds the Python, then runs `python -m llamanb.setup.environment` from the checkout
 
 Colab, Kaggle and rented GPU machines come with torch, CUDA libraries and hundreds of packages that fit together. What
 satisfies requirements.txt stays as it is; what does not moves, never past the version in constraints.txt, which CI ran.
@@ -32,9 +32,9 @@ except ImportError:  # a bare machine: pip brings its own copy
     from pip._vendor.packaging.version import Version
 
 from llamanb.errors import LlamanbError
-from llamanb.torch_build import answers, choose_build, read_gpus
+from llamanb.setup.torch_build import answers, choose_build, read_gpus
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAYS = ("torch", "numpy")
 """Never moved: the image's torch fits its driver, and half the image is compiled against its numpy."""
 OLDEST_TORCHAO = "0.16"

@@ -1,6 +1,6 @@
 """Picks the PyTorch build for this machine, before anything is installed.
 
-    python3 -m llamanb.torch_build      # pip's arguments on stdout, the reason on stderr
+    python3 -m llamanb.setup.torch_build      # pip's arguments on stdout, the reason on stderr
 
 Needs the standard library only. `choose_build` is pure; the rest of the module finds out what it has to know. Drivers
 and architectures: docs/decisions/0001-dependencies.md.

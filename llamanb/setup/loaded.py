@@ -17,14 +17,14 @@ from llamanb.errors import LlamanbError
 
 SETUP_CELL = f"""\
 try:
-    from llamanb.setup_check import check_loaded
+    from llamanb.setup import check_loaded
 except ImportError:  # Colab, Kaggle, a rented GPU: fetch the release, install what is missing (about a minute)
     import sys
 
     url, folder, python = "{REPOSITORY}", "llamanb-v{__version__}", sys.executable
     !test -d {{folder}} || git -c advice.detachedHead=false clone -q --depth 1 -b v{__version__} {{url}} {{folder}}
     !bash {{folder}}/colab_setup.sh {{python}}
-    from llamanb.setup_check import check_loaded
+    from llamanb.setup import check_loaded
 
 check_loaded()  # stops here, once, if this session needs a restart"""
 """The first code cell of every notebook; where llamanb is installed it does nothing."""
