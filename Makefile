@@ -27,7 +27,7 @@ quickstart: install ## install, then run notebooks/01_quickstart.ipynb into runs
 	echo "quickstart: running notebooks/01_quickstart.ipynb (about a minute on a CPU)"; \
 	$(PY) -m papermill -k python3 -p name $$name --log-output --no-progress-bar \
 	    notebooks/01_quickstart.ipynb runs/$$name.ipynb 2>&1 | \
-	    { grep --line-buffered -vE '^((Executing|Ending) Cell|(Input|Output) Notebook)' || true; } \
+	    { grep --line-buffered -vE '^((Executing|Ending) Cell|(Input|Output) Notebook|\[IPKernelApp\])' || true; } \
 	    && status=0 || status=$$?; \
 	executed=runs/$$name.ipynb; \
 	if [ -d runs/$$name ]; then mv $$executed runs/$$name/run.ipynb; executed=runs/$$name/run.ipynb; fi; \

@@ -10,9 +10,6 @@ __version__ = "0.1.0"
 REPOSITORY = "https://github.com/llamanb/llamanb"
 """Where the project lives: badge, setup cells and model cards are held equal to it by a test."""
 
-# Before torch starts its threads: idle ones sleep instead of spinning. On two cores beside a browser, spinning made a
-# step of the tiny model four to nine times slower (docs/decisions/0006-threads-that-sleep.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Before torch makes its allocator: segments that grow leave no gaps between sizes. A setting of the user's own stays.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -21,7 +21,7 @@ COUNTS = {"train": 1200, "eval": 120}
 DEFAULTS = {
     "learning_rate": 5e-3,
     "schedule": "linear",
-    "steps": 120,
+    "steps": 70,
     "effective_batch_size": 16,
     "max_length": 128,
     "rank": 16,

@@ -35,12 +35,13 @@ def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", ru
 
 
 def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
+    sampler.phase("import")
     import transformers
 
     from llamanb import plots
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model
-    from llamanb.training.trainer import StopAfter, build_trainer, warn_of_gaps
+    from llamanb.training.trainer import StopAfter, build_trainer, use_threads_that_pay, warn_of_gaps
     from llamanb.watch.live import LiveView
 
     recipe = plan.recipe
@@ -51,6 +52,7 @@ def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
     sampler.phase("load")
     print(f"loading {recipe.model}", flush=True)
     model = load_model(plan, data.tokenizer)
+    use_threads_that_pay(model)
     if recipe.adapters:
         model = attach_adapters(model, recipe)
 

@@ -51,8 +51,8 @@ class Run:
             "memory.png": "the memory plot",
             "scores.txt": "before and after",
         }
-        rows = [(str(self.folder / name), words) for name, words in what.items() if (self.folder / name).exists()]
-        return Table(["file", "what it is"], rows)
+        rows = [(name, words) for name, words in what.items() if (self.folder / name).exists()]
+        return Table(["file", "what it is"], rows, f"in {self.folder}")
 
     def __str__(self) -> str:
         steps = self.steps[-1] if self.steps else 0

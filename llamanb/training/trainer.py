@@ -18,6 +18,9 @@ from llamanb.layout import Plan
 
 OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit"}
 """The recipe's names that transformers spells differently."""
+SMALL_PARAMETERS = 20_000_000
+"""Below this a second CPU thread gains nothing worth its price; the tiny Llama has 1.8 million, the smallest real one
+1.2 billion."""
 
 
 def build_trainer(
@@ -89,6 +92,13 @@ def warn_of_gaps() -> None:
             "fragment. To mend it, restart the kernel and import llamanb first.",
             stacklevel=2,
         )
+
+
+def use_threads_that_pay(model: PreTrainedModel) -> None:
+    """One CPU thread for a small model on a CPU: its products are too short to share, and threads that wait for each
+    other spin, which beside a browser or another notebook slows a step many times over (docs/decisions/0006)."""
+    if model.device.type == "cpu" and model.num_parameters() < SMALL_PARAMETERS:
+        torch.set_num_threads(1)
 
 
 class StopAfter(TrainerCallback):

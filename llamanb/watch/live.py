@@ -88,7 +88,7 @@ def _display_handle():
     if shell is None or not hasattr(shell, "kernel"):
         return None
     handle = DisplayHandle()
-    handle.display("starting", raw=False)
+    handle.display({"text/plain": ""}, raw=True)
     return handle
 
 

@@ -58,8 +58,9 @@ def test_a_run_s_folder_tells_all(recipe, tmp_path):
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run.folder / "memory.png").read_bytes().startswith(b"\x89PNG")
     assert "loss per token" in (run.folder / "scores.txt").read_text()
-    for path, _ in run.files().rows:
-        assert path.startswith(str(run.folder))
+    assert str(run.folder) in str(run.files())
+    assert all((run.folder / name).exists() for name, _ in run.files().rows)
+    assert len(run.files().rows) == 8
 
 
 def test_a_run_never_writes_over_another(recipe, tmp_path):
@@ -104,6 +105,16 @@ def test_stop_after_min_ends_with_the_adapter_saved(recipe, tmp_path, monkeypatc
     run = train(plan(recipe(steps=50, stop_after_min=0.5), CPU), name="run", runs=tmp_path)
     assert 0 < len(run.steps) < 50
     assert list(run.saved.glob("*.safetensors"))
+
+
+def test_a_small_model_takes_one_thread(recipe, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        train(plan(recipe(steps=1), CPU), name="run", runs=tmp_path)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_stop_after_counts_from_before_loading():
