@@ -51,7 +51,7 @@ lab: install-dev ## JupyterLab on the notebooks
 
 .PHONY: test
 test: install-dev ## unit tests and the notebooks 00 to 03
-	@$(PY) -m pytest $(or $(wildcard tests/unit tests/notebooks),$(error no tests here: is this a full clone?)) \
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(or $(wildcard tests/unit tests/notebooks),$(error no tests here: is this a full clone?)) \
 	    -m "not gpu and not slow" -n $(WORKERS) --dist loadgroup $(ARGS)
 
 .PHONY: test-browser
