@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llamanb import hub
 from llamanb.data import TrainingData, load_data
 from llamanb.layout import Plan
 from llamanb.training.run import Run, new_folder, write_csv
@@ -23,6 +24,9 @@ def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", ru
     Raises LlamanbError for what a person can mend: rows, model, network, disk, GPU.
     """
     data = data or load_data(plan.recipe)
+    hub.checkpoint_folder(
+        plan.recipe.model, plan.recipe.revision
+    )  # all that can be refused is, before a folder is made
     folder = new_folder(Path(runs), name)
     plan.recipe.save(folder / "recipe.json")
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")

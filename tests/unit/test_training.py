@@ -69,6 +69,13 @@ def test_a_run_never_writes_over_another(recipe, tmp_path):
     assert folders == ["same", "same-2", "same-3"]
 
 
+def test_a_model_that_is_refused_leaves_no_folder(recipe, tmp_path):
+    data = load_data(recipe())
+    with pytest.raises(ModelError, match="does not exist"):
+        train(plan(recipe(model="./not/here"), CPU), data, name="run", runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "", ".hidden", "a\nb", "x" * 200, None])
 def test_a_run_stays_in_its_folder(tmp_path, name):
     with pytest.raises(RecipeError, match="cannot be named"):
