@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llamanb.data import TrainingData
@@ -11,6 +11,8 @@ from llamanb.data.encode import IGNORE, Encoded, end_token_ids, render
 from llamanb.html import Table
 
 ROWS_AT_ONCE = 16
+TOKENS_AT_ONCE = 4096
+"""Rows at once are fewer where they are long, so that scoring takes no more than training does."""
 POSITIONS_AT_ONCE = 1024
 """Positions whose logits are held at once: 0.5 GiB in fp32 with Llama 3's vocabulary."""
 LONGEST_ANSWER = 256
@@ -108,7 +110,7 @@ def _loss(model, data: TrainingData) -> float:
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = core.get_output_embeddings()
     total, count = 0.0, 0
-    for rows in _batches(data.held_out):
+    for rows in _batches(data.held_out, lambda row: len(row.input_ids)):
         ids, mask, labels = (tensor.to(model.device) for tensor in _padded(rows, data.tokenizer.pad_token_id))
         hidden = core.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         wanted = labels[:, 1:] != IGNORE
@@ -133,7 +135,9 @@ def _answers(model, data: TrainingData) -> list[str]:
     prompts = [render(tokenizer, e.messages[: _prompt_length(e)], e.tools, prompt=True) for e in examples]
     longest = max((len(tokenizer(text)["input_ids"]) for e in examples for text in e.references), default=0)
     answers = [""] * len(prompts)
-    for batch in _batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i]))):  # like lengths: little padding
+    sizes = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=sizes.__getitem__)  # like lengths together: little padding
+    for batch in _batches(order, sizes.__getitem__):
         texts = _generate(model, tokenizer, [prompts[i] for i in batch], min(longest + 16, LONGEST_ANSWER))
         for i, text in zip(batch, texts, strict=True):
             answers[i] = text
@@ -159,9 +163,17 @@ def _generate(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list
     return [text.strip() for text in texts]
 
 
-def _batches(items: list) -> Iterator[list]:
-    for start in range(0, len(items), ROWS_AT_ONCE):
-        yield items[start : start + ROWS_AT_ONCE]
+def _batches(items: list, size: Callable[..., int]) -> Iterator[list]:
+    """Runs of at most ROWS_AT_ONCE items and, padded to the longest, TOKENS_AT_ONCE tokens (one item at least)."""
+    batch: list = []
+    for item in items:
+        longest = max(size(i) for i in [*batch, item])
+        if batch and (len(batch) == ROWS_AT_ONCE or longest * (len(batch) + 1) > TOKENS_AT_ONCE):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 def _padded(rows: list[Encoded], pad_id: int):

@@ -7,10 +7,12 @@ torch nor transformers is loaded; weights are safetensors only, and no code from
 from __future__ import annotations
 
 import errno
+import http.client
 import json
 import os
 import re
 import shutil
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -61,7 +63,7 @@ def require_network(what: str) -> None:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         return  # it answered
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise _no_network(what, getattr(error, "reason", error)) from None
 
 
@@ -116,30 +118,41 @@ def _download(model: str, revision: str, weights: bool) -> Path:
     import huggingface_hub
 
     wanted = [*SMALL_FILES, WEIGHTS] if weights else list(SMALL_FILES)
+    needed = ("config.json", "tokenizer*", *([WEIGHTS] if weights else []))
+
+    def complete(folder: Path) -> bool:
+        return all(any(folder.glob(name)) for name in needed)
+
     try:
         cached = _cached(model, revision, wanted)
-        if cached and not weights:
+        if cached and complete(cached) and not weights:
             return cached
-        if weights and not cached:
+        if weights and not (cached and complete(cached)):
             _check_room(model, revision)
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=wanted))
+        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=wanted))
     except LlamanbError:
         raise
     except Exception as error:  # the Hub's client raises a wide family; `explain` passes on what it does not know
         raise explain(error, model) from None
+    if not complete(folder):  # without a network the client hands out what it has of a checkpoint
+        require_network(f"model {model}")
+        raise ModelError(
+            f"{model} is not a complete checkpoint",
+            f"it has no {' or no '.join(name for name in needed if not any(folder.glob(name)))}",
+            "choose a checkpoint with config.json, tokenizer.json and *.safetensors",
+        )
+    return folder
 
 
 def _cached(model: str, revision: str, wanted: list[str]) -> Path | None:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=wanted, local_files_only=True
+        return Path(
+            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=wanted, local_files_only=True)
         )
     except (OSError, huggingface_hub.errors.HfHubHTTPError):
         return None
-    has_weights = any(Path(folder).glob(WEIGHTS))
-    return Path(folder) if has_weights or WEIGHTS not in wanted else None
 
 
 def _check_room(model: str, revision: str) -> None:
@@ -211,7 +224,9 @@ def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
         return DiskFullError(f"the disk is full, while fetching {name}", str(full), "free some room, or set HF_HOME")
     if status is not None:
         return NoNetworkError(f"the Hub cannot give {name} now", f"it answered {status}", "try again in some minutes")
-    if first(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
+    unreachable = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    # the client's own network errors descend from none of these: they are known by where they come from
+    if first(*unreachable, socket.gaierror) or any(type(e).__module__.startswith("httpx") for e in chain):
         return _no_network(f"{kind} {name}", chain[-1])
     reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if kind == "dataset":

@@ -53,7 +53,7 @@ _RANGES = {  # field: (kind, lowest, highest), both ends included
     "stop_after_min": (float, 0.1, 100_000.0),
 }
 _FLAGS = ("double_quant", "rslora", "dora")
-_OPTIONAL = ("alpha", "micro_batch_size", "steps", "stop_after_min")
+_OPTIONAL = ("alpha", "learning_rate", "micro_batch_size", "steps", "stop_after_min")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +123,8 @@ class Recipe:
     """`auto`: 8-bit paged AdamW where adapters train on a GPU, fused AdamW elsewhere. Paging moves the optimizer's
     states, never the parameters, to host memory when the GPU is full."""
 
-    learning_rate: float = 2e-4
-    """Highest learning rate. 2e-4 suits adapters; 1e-5 to 2e-5 full fine-tuning."""
+    learning_rate: float | None = None
+    """Highest learning rate. None: 2e-4 for adapters, 2e-5 for full fine-tuning."""
 
     schedule: str = "linear"
     """How the learning rate falls after the warmup."""
@@ -203,6 +203,12 @@ class Recipe:
     @property
     def lora_alpha(self) -> float:
         return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def highest_learning_rate(self) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-4 if self.adapters else 2e-5
 
     @property
     def target_modules(self) -> tuple[str, ...]:

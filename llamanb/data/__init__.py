@@ -6,6 +6,7 @@ The way: `read` (numbered rows) → `formats` (examples) → `encode` (ids and l
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 from llamanb import hub, tiny
@@ -64,18 +65,20 @@ def load_data(recipe: Recipe) -> TrainingData:
     Raises DataError listing the rows (place, column, reason) that cannot be trained on, unless the recipe skips or
     truncates them; ModelError or a Hub error when the checkpoint's tokenizer cannot be had.
     """
-    given, found, bad = _examples(recipe)
+    given, held_from, found, bad = _examples(recipe)
     tokenizer = load_tokenizer(hub.checkpoint_folder(recipe.model, recipe.revision, weights=False))
     encoder = Encoder(tokenizer, recipe.max_length, everything=recipe.loss_on == "everything")
     skipped, too_long, longest = list(bad), [], 0
-    encoded: list[tuple[Example, Encoded, bool]] = []
-    for example, held_out in given:
+    encoded: list[tuple[Example, Encoded]] = []
+    for i, example in enumerate(given):
+        if i == held_from:
+            trained = len(encoded)  # the rows from here on come held out
         try:
-            encoded.append((example, encoder.encode(example), held_out))
+            encoded.append((example, encoder.encode(example)))
         except TooLong as error:
             longest = max(longest, error.tokens)
             if recipe.long_rows == "truncate" and error.truncated:
-                encoded.append((example, error.truncated, held_out))
+                encoded.append((example, error.truncated))
             else:
                 too_long.append(error.at(example.place))
         except BadRow as error:
@@ -86,57 +89,73 @@ def load_data(recipe: Recipe) -> TrainingData:
         fix = f"max_length = {longest} takes them all; or long_rows = 'skip'"
         fix += " or 'truncate'" if recipe.long_rows == "stop" else ": nothing learnable is left of them when cut"
         raise _bad_rows(recipe.dataset, too_long, fix)
-    train = [row for _, row, held_out in encoded if not held_out]
-    held = [(example, row) for example, row, held_out in encoded if held_out]
-    if not train:
+    if not encoded:
         raise DataError(
             f"{recipe.dataset} leaves no row to train on",
             f"{len(skipped) + len(too_long)} rows were skipped: {(skipped + too_long)[0]}",
-            "see the reasons above each row",
+            "correct the rows, or set a larger max_length",
         )
+    held = set(range(trained, len(encoded))) if held_from is not None else _held_out([e for e, _ in encoded], recipe)
     return TrainingData(
-        recipe.dataset, found, tokenizer, train, [row for _, row in held], [e for e, _ in held], skipped + too_long
+        source=recipe.dataset,
+        format=found,
+        tokenizer=tokenizer,
+        train=[row for i, (_, row) in enumerate(encoded) if i not in held],
+        held_out=[encoded[i][1] for i in sorted(held)],
+        held_out_examples=[encoded[i][0] for i in sorted(held)],
+        skipped=skipped + too_long,
     )
 
 
-def _examples(recipe: Recipe) -> tuple[list[tuple[Example, bool]], str, list[str]]:
-    """Examples with whether each is held out, the format's name, and a line for each row that is none."""
-    if recipe.dataset == "tiny":  # brings its own held-out rows, about people no training row names
-        rows, held, bad = _numbered(tiny.rows("train")), _numbered(tiny.rows("eval")[: recipe.eval_rows]), []
+def _examples(recipe: Recipe) -> tuple[list[Example], int | None, str, list[str]]:
+    """Examples, from which of them on they come held out (None: they are still to be split), the format's name, and a
+    line for each row that is none."""
+    if recipe.dataset == "tiny":  # its held-out rows are about people no training row names
+        held, bad = _numbered(tiny.rows("eval")[: recipe.eval_rows]), []
+        rows = _numbered(tiny.rows("train"))
+        held_from = len(rows)
+        rows += held
     else:
-        (rows, bad), held = read_rows(recipe.dataset, recipe.dataset_split), []
+        (rows, bad), held_from = read_rows(recipe.dataset, recipe.dataset_split), None
     row_format = detect(rows, recipe.dataset) if rows else None
-    converted: tuple[list[Example], list[Example]] = [], []
-    for examples, part in zip(converted, (rows, held), strict=True):
-        for row in part:
-            try:
-                examples += row_format.convert(row)
-            except BadRow as error:
-                bad.append(error.at(row.place))
-    if bad and (recipe.bad_rows == "stop" or not converted[0]):
-        left_out = ", or bad_rows = 'skip' to leave them out" if converted[0] else ": there is no other row"
+    examples: list[Example] = []
+    for row in rows:
+        try:
+            examples += row_format.convert(row)
+        except BadRow as error:
+            bad.append(error.at(row.place))
+    if bad and (recipe.bad_rows == "stop" or not examples):
+        left_out = ", or bad_rows = 'skip' to leave them out" if examples else ": there is no other row"
         raise _bad_rows(recipe.dataset, bad, f"correct them{left_out}")
-    if held:
-        return [(e, False) for e in converted[0]] + [(e, True) for e in converted[1]], row_format.name, bad
-    return _split(converted[0], recipe), row_format.name, bad
+    return examples, held_from, row_format.name, bad
 
 
 def _numbered(rows: list[dict]) -> list[Row]:
     return [Row(f"row {i}", values) for i, values in enumerate(rows, 1)]
 
 
-def _split(examples: list[Example], recipe: Recipe) -> list[tuple[Example, bool]]:
-    """Holds rows out at random by what they ask, so that no question stands on both sides."""
-    keys = sorted({example.prompt_key for example in examples})
-    if recipe.eval_rows and len(keys) < 2:
+def _held_out(examples: list[Example], recipe: Recipe) -> set[int]:
+    """Which examples to hold out: at random by what they ask, so that no question stands on both sides; a fifth of
+    the rows at most, unless the rarest question already has more."""
+    if not recipe.eval_rows:
+        return set()
+    rows_of = Counter(example.prompt_key for example in examples)
+    if len(rows_of) < 2:
         raise DataError(
             f"{recipe.dataset} has {len(examples)} usable row{'s' * (len(examples) != 1)}, with one question in all",
             "one row at least is trained on and another held out to score the result",
             "give more rows, or eval_rows = 0 to train without a score",
         )
+    keys = sorted(rows_of)
     random.Random(recipe.seed).shuffle(keys)
-    held = set(keys[: min(recipe.eval_rows, max(1, len(keys) // 5))]) if recipe.eval_rows else set()
-    return [(example, example.prompt_key in held) for example in examples]
+    room = min(recipe.eval_rows, max(1, len(examples) // 5))
+    held = set()
+    for key in keys:
+        if rows_of[key] <= room:
+            held.add(key)
+            room -= rows_of[key]
+    held = held or {min(keys, key=rows_of.get)}
+    return {i for i, example in enumerate(examples) if example.prompt_key in held}
 
 
 def _bad_rows(source: str, lines: list[str], fix: str) -> DataError:

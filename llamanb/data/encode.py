@@ -56,16 +56,12 @@ def load_tokenizer(folder: Path):
         raise ModelError(
             f"no tokenizer in {folder}", str(error).split("\n")[0], "the folder needs a tokenizer.json"
         ) from None
-    if tokenizer.chat_template is None:
-        missing = [t for t in ("<|start_header_id|>", "<|eot_id|>") if t not in tokenizer.get_vocab()]
-        if missing:
-            raise ModelError(
-                f"the tokenizer in {folder} has no chat template",
-                f"and Llama 3's does not fit: it has no {' or '.join(missing)}",
-                "use the Instruct checkpoint, or plain text rows",
-            )
-        tokenizer.chat_template = LLAMA3_TEMPLATE
     vocabulary = tokenizer.get_vocab()
+    if (
+        tokenizer.chat_template is None
+        and {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= vocabulary.keys()
+    ):
+        tokenizer.chat_template = LLAMA3_TEMPLATE
     if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.eos_token, *END_TOKENS):
         free = next((t for t in PAD_TOKENS if t in vocabulary), None)
         if free is None:
@@ -87,7 +83,16 @@ def end_token_ids(tokenizer) -> list[int]:
 
 
 def render(tokenizer, messages: list[dict], tools: list[dict] | None = None, *, prompt: bool = False) -> str:
-    """The conversation as the model sees it; with `prompt`, up to where the assistant's next turn begins."""
+    """The conversation as the model sees it; with `prompt`, up to where the assistant's next turn begins.
+
+    Raises ModelError for a tokenizer that has no chat template and none of Llama 3's tokens to make one from.
+    """
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "this checkpoint's tokenizer has no chat template",
+            "and Llama 3's does not fit: its vocabulary lacks <|start_header_id|> or <|eot_id|>",
+            "use the Instruct checkpoint, or plain text rows (a column `text`)",
+        )
     return tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=False, add_generation_prompt=prompt, date_string=DATE
     )
@@ -115,7 +120,7 @@ class Encoder:
             spans = [(len(self.bos), len(text))]
         else:
             text, spans = self._rendered(example)
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = tokens["input_ids"]
         inside = [True] * len(ids) if self.everything else _inside(tokens["offset_mapping"], spans)
         labels = [i if keep else IGNORE for i, keep in zip(ids, inside, strict=True)]
@@ -131,10 +136,14 @@ class Encoder:
         import jinja2
 
         messages, tools, column = example.messages, example.tools, example.column
-        if held := self.control.search(json.dumps(messages, ensure_ascii=False)):
+        if held := self.control.search(json.dumps(messages, ensure_ascii=False, default=str)):
             raise BadRow(column, f"holds the control token {held[0]}, which would begin or end a turn by itself")
         try:
             text = render(self.tokenizer, messages, tools)
+            if tools and text == render(self.tokenizer, messages):
+                raise BadRow(
+                    "tools", "the chat template leaves the tools out: this checkpoint was not made to call any"
+                )
             spans = []
             for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
                 before = render(self.tokenizer, messages[:i], tools, prompt=True)
@@ -143,6 +152,9 @@ class Encoder:
                     raise BadRow(column, f"the chat template rewrites turn {i + 1} when another follows")
                 if not after.rstrip().endswith(END_TOKENS):
                     raise BadRow(column, f"the chat template ends turn {i + 1} with no end token: {after[-20:]!r}")
+                for said in _said(messages[i]):
+                    if said not in after[len(before) :]:
+                        raise BadRow(column, f"the chat template leaves {said[:40]!r} of turn {i + 1} out")
                 spans.append((len(before), len(after)))
         except jinja2.TemplateError as error:
             raise BadRow(column, f"the chat template refuses it: {error}") from None
@@ -160,6 +172,12 @@ class TooLong(BadRow):
         self.tokens = len(encoded.input_ids)
         cut = Encoded(encoded.input_ids[:max_length], encoded.labels[:max_length])
         self.truncated = cut if cut.trained_tokens else None
+
+
+def _said(message: dict) -> list[str]:
+    """What a template must show of an assistant's turn: its words, and the names of what it calls."""
+    calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    return [part for part in (message["content"].strip(), *calls) if part]
 
 
 def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:

@@ -167,8 +167,10 @@ def _conversation(row: Row, column: str, turns: list, role_key: str, content_key
     if "user" not in roles[:first]:
         raise BadRow(column, f"turn {first + 1} is the assistant's, and no user has said anything before it")
     tools = row.values.get("tools")
-    answer = next(m["content"] for m in reversed(messages) if m["role"] == "assistant")
-    return [Example(row.place, column, messages, _list(row, "tools") if tools else None, references=(answer,))]
+    tools = _list(row, "tools") if tools and tools != "[]" else None
+    answer = next(m for m in reversed(messages) if m["role"] == "assistant")
+    references = () if "tool_calls" in answer else (answer["content"],)  # a call is not scored as text
+    return [Example(row.place, column, messages, tools, references=references)]
 
 
 def _message(turn: object, number: int, column: str, role_key: str, content_key: str) -> dict:
@@ -183,13 +185,33 @@ def _message(turn: object, number: int, column: str, role_key: str, content_key:
             raise BadRow(column, f"turn {number} has parts that are not text; images and sound are not trained on")
         content = "".join(part["text"] for part in content)
     if calls:
-        return {"role": role, "content": content or "", "tool_calls": calls}
+        return {"role": role, "content": content or "", "tool_calls": _calls(calls, f"turn {number}", column)}
     if not isinstance(content, str):
         kind = "null or missing" if content is None else f"a {type(content).__name__}, not text"
         raise BadRow(column, f"turn {number} ({role}): {content_key!r} is {kind}")
     if not content.strip() and role == "assistant":
         raise BadRow(column, f"turn {number} (assistant) is empty: there is nothing to learn from")
     return {"role": role, "content": content}
+
+
+def _calls(calls: object, turn: str, column: str) -> list[dict]:
+    """Tool calls with their arguments as objects: chat services write them as JSON text, and a template would quote
+    that text once more."""
+    read = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(column, f"{turn} has a tool call without a function name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                arguments = None
+        if not isinstance(arguments, dict):
+            raise BadRow(column, f"{turn} calls {function['name']!r} with arguments that are no JSON object")
+        read.append({"type": "function", "function": {**function, "arguments": arguments}})
+    return read
 
 
 FORMATS = (

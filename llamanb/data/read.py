@@ -7,6 +7,7 @@ Hub is left to `datasets`.
 from __future__ import annotations
 
 import csv
+import http.client
 import io
 import json
 import sys
@@ -98,7 +99,7 @@ def _download(address: str) -> bytes:
             return answer.read()
     except urllib.error.HTTPError as error:
         raise DataError(f"{address} gave no file", f"the server answered {error}", "check the address") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise NoNetworkError(
             f"{address} cannot be reached",
             str(getattr(error, "reason", error)),
@@ -291,7 +292,7 @@ def _hub_rows(source: str, split: str) -> list[Row]:
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config or None, split=split)
+        rows = list(datasets.load_dataset(name, config or None, split=split))
     except LlamanbError:
         raise
     except Exception as error:  # its builders raise anything; what they say is passed on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from peft import PeftModel
@@ -19,18 +20,27 @@ from llamanb.recipe import Recipe
 ADAPTER, FULL = "adapter", "model"
 
 
-def save_model(model: PreTrainedModel, tokenizer, plan: Plan, folder: Path, scores: str = "") -> Path:
+def save_model(model: PreTrainedModel, tokenizer, plan: Plan, folder: Path) -> Path:
     """Writes `folder`/adapter (or `folder`/model after full fine-tuning) with tokenizer and model card; returns it."""
     recipe = plan.recipe
     target = folder / (ADAPTER if recipe.adapters else FULL)
     if recipe.adapters:
         model.save_pretrained(target, save_embedding_layers=False)  # "auto" would ask the Hub for the base's config
     else:  # back from the 32 bits it was trained in
-        state = {name: tensor.to(DTYPES[plan.dtype]) for name, tensor in model.state_dict().items()}
+        tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+        state = {n: t.to("cpu", DTYPES[plan.dtype]) for n, t in model.state_dict().items() if n not in tied}
         model.save_pretrained(target, state_dict=state)
+        config = target / "config.json"  # transformers writes what the model trains in
+        fields = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(DTYPES[plan.dtype]).split(".")[1]}
+        config.write_text(json.dumps(fields, indent=2), encoding="utf-8")
     tokenizer.save_pretrained(target)
-    (target / "README.md").write_text(_model_card(recipe, plan, scores), encoding="utf-8")
+    write_model_card(target, plan)
     return target
+
+
+def write_model_card(target: Path, plan: Plan, scores: str = "") -> None:
+    """Writes README.md beside the weights: base, data, recipe, where it ran, and its scores where there are any."""
+    (target / "README.md").write_text(_model_card(plan.recipe, plan, scores), encoding="utf-8")
 
 
 def load_adapter(folder: str | Path) -> tuple[PreTrainedModel, object]:

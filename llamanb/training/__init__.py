@@ -44,7 +44,7 @@ def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
 
     from llamanb import plots
     from llamanb.evaluate import compare, evaluate
-    from llamanb.model import attach_adapters, load_model, save_model
+    from llamanb.model import attach_adapters, load_model, save_model, write_model_card
     from llamanb.training.trainer import StopAfter, build_trainer, use_threads_that_pay, warn_of_gaps
     from llamanb.watch.live import LiveView
 
@@ -70,6 +70,8 @@ def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
     trainer = build_trainer(plan, model, data, folder, [view, *callbacks])
     sampler.phase("train")
     result = trainer.train()
+    sampler.phase("save")  # before anything else can fail
+    saved = save_model(model, data.tokenizer, plan, folder)
 
     scores = None
     if before is not None:
@@ -77,8 +79,7 @@ def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
         print("scoring them again", flush=True)
         scores = compare(before, evaluate(model, data), data)
         (folder / "scores.txt").write_text(str(scores), encoding="utf-8")
-    sampler.phase("save")
-    saved = save_model(model, data.tokenizer, plan, folder, str(scores.tables()[0]) if scores else "")
+        write_model_card(saved, plan, str(scores.tables()[0]))
     sampler.stop()
 
     log = [entry for entry in trainer.state.log_history if "loss" in entry]

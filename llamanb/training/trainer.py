@@ -34,7 +34,7 @@ def build_trainer(
         per_device_train_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.accumulation,
         **length,
-        learning_rate=recipe.learning_rate,
+        learning_rate=recipe.highest_learning_rate,
         lr_scheduler_type=recipe.schedule,
         warmup_steps=recipe.warmup,  # below 1 a share of all steps
         weight_decay=recipe.weight_decay,
@@ -54,6 +54,8 @@ def build_trainer(
         disable_tqdm=True,
         dataloader_pin_memory=plan.card.is_gpu,
     )
+    if plan.card.is_gpu:
+        config._n_gpu = 1  # with two visible the Trainer would take both, and trl 1.16 refuses that
     trainer = SFTTrainer(
         model=model,
         args=config,

@@ -31,6 +31,20 @@ def test_split_holds_out_a_fifth_at_most(tmp_path, recipe):
     assert (len(data.train), len(data.held_out)) == (18, 2)
 
 
+def test_a_common_question_does_not_take_the_split_over(tmp_path, recipe):
+    rows = [{"instruction": "A", "output": f"{i}"} for i in range(100)] + alpaca(4)
+    for seed in range(8):
+        data = load_data(recipe(write(tmp_path, rows), eval_rows=1, seed=seed))
+        assert (len(data.train), len(data.held_out)) == (103, 1)
+
+
+def test_rows_are_held_out_of_those_that_are_left(tmp_path, recipe):
+    rows = alpaca(7) + [{"instruction": f"long {i}", "output": "x" * 500} for i in range(3)]
+    for seed in range(8):
+        data = load_data(recipe(write(tmp_path, rows), long_rows="skip", seed=seed))
+        assert (len(data.train), len(data.held_out), len(data.skipped)) == (6, 1, 3)
+
+
 def test_split_follows_the_seed(tmp_path, recipe):
     path = write(tmp_path, alpaca(50))
 

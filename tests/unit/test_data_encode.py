@@ -81,6 +81,29 @@ def test_tool_calls_are_trained_and_their_results_are_not(template, trl_template
     assert second == f"It rains.{EOT}"
 
 
+def test_a_template_without_tools_refuses_calls_and_tools(tokenizer):
+    """Left out in silence, the call would be learned as an empty answer."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    rows = [turn("user", "Weather?"), turn("assistant", "", tool_calls=[call])]
+    with pytest.raises(BadRow, match="leaves 'weather' of turn 2 out"):
+        Encoder(tokenizer, 1000).encode(example(*rows))
+    with pytest.raises(BadRow, match="leaves the tools out"):
+        Encoder(tokenizer, 1000).encode(example(turn("user", "x"), turn("assistant", "y"), tools=[WEATHER]))
+
+
+def test_plain_text_needs_no_chat_template(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2, "Once": 3}, unk_token="<pad>"))
+    words.add_special_tokens(["<s>", "</s>", "<pad>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    loaded = load_tokenizer(saved(tmp_path, made))
+    assert Encoder(loaded, 10).encode(Example("row 1", "text", text="Once")).input_ids == [0, 3, 1]
+    with pytest.raises(ModelError, match="no chat template"):
+        Encoder(loaded, 10).encode(example(turn("user", "x"), turn("assistant", "y")))
+
+
 def test_the_prompt_is_trained_too_where_asked(templated):
     rows = example(turn("user", "Hello"), turn("assistant", "Hi"))
     encoded = Encoder(templated, 10_000, everything=True).encode(rows)

@@ -115,6 +115,27 @@ def test_a_bad_row_names_its_column(values, column, what):
     assert what in caught.value.what
 
 
+def _call(arguments) -> dict:
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+def test_arguments_of_a_call_may_be_json_text():
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [_call('{"b": 1}')]},
+    ]
+    (one,) = convert({"messages": turns, "tools": "[]"})
+    assert one.messages[1]["tool_calls"][0]["function"]["arguments"] == {"b": 1}
+    assert one.references == ()  # a call is not scored as text
+
+
+@pytest.mark.parametrize("call", [_call("{"), _call("[1]"), _call(3), {"function": {}}, "weather"])
+def test_a_call_that_is_none_is_a_bad_row(call):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(BadRow, match="turn 2"):
+        convert({"messages": turns})
+
+
 def test_unknown_columns_are_listed():
     with pytest.raises(DataError, match="'colour'"):
         convert({"colour": "red", "size": 3})

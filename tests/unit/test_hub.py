@@ -36,7 +36,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
                 return self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
         for name, size in (("owner/good", 3), ("owner/huge", 10**18)):
             if f"/api/models/{name}" in path:
-                files = [{"rfilename": n, "size": s} for n, s in (("config.json", 10), ("model.safetensors", size))]
+                sizes = {"config.json": 10, "tokenizer.json": 3, "model.safetensors": size}
+                files = [{"rfilename": n, "size": s} for n, s in sizes.items()]
                 entries = [{"type": "file", "path": f["rfilename"], "size": f["size"], "oid": "0" * 40} for f in files]
                 info = {"id": name, "sha": "a" * 40, "siblings": files}
                 return self._send(200, json.dumps(entries if "/tree/" in path else info).encode())
@@ -137,6 +138,19 @@ def test_no_network(tmp_path):
     said = ask("owner/good", "http://127.0.0.1:9", tmp_path)
     assert said.startswith("NoNetworkError")
     assert "'tiny'" in said
+
+
+def test_a_name_server_that_does_not_answer_is_no_network(tmp_path):
+    for weights in (False, True):
+        said = ask("owner/good", "http://nowhere.invalid", tmp_path, weights=weights)
+        assert said.startswith("NoNetworkError")
+
+
+def test_a_cache_with_the_config_only_is_completed(endpoint, tmp_path):
+    config_only = "import huggingface_hub; huggingface_hub.hf_hub_download('owner/good', 'config.json')"
+    said_by(config_only, endpoint, tmp_path)
+    said = said_by('hub.checkpoint_folder("owner/good", weights=False)', "http://127.0.0.1:9", tmp_path)
+    assert said.startswith("NoNetworkError")  # it asks for the rest, and does not take what is there for all
 
 
 def test_a_model_is_fetched_once_and_then_needs_no_network(endpoint, tmp_path):

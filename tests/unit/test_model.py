@@ -9,7 +9,7 @@ from llamanb import Card, Recipe, plan
 from llamanb.data.encode import load_tokenizer
 from llamanb.errors import ModelError
 from llamanb.layout import EXPANDED_ATTENTION
-from llamanb.model import attach_adapters, attention, load_model, save_model
+from llamanb.model import attach_adapters, attention, load_model, save_model, write_model_card
 from llamanb.model.load import checkpoint_layers
 
 CPU = Card("CPU", None)
@@ -215,7 +215,8 @@ def test_model_card_says_base_recipe_and_where_it_comes_from(mini, tmp_path):
     from llamanb import REPOSITORY
 
     recipe = Recipe(model="meta-llama/Llama-3.2-1B", dataset="my rows.jsonl", rank=12)
-    saved = save_model(_adapted(mini), load_tokenizer(mini), plan(recipe, CPU), tmp_path, "loss 2.0 1.0")
+    saved = save_model(_adapted(mini), load_tokenizer(mini), plan(recipe, CPU), tmp_path)
+    write_model_card(saved, plan(recipe, CPU), "loss 2.0 1.0")
     card = (saved / "README.md").read_text()
     for part in ("base_model: meta-llama/Llama-3.2-1B", '"rank": 12', "my rows.jsonl", "loss 2.0 1.0", REPOSITORY):
         assert part in card
@@ -225,7 +226,10 @@ def test_full_model_is_saved_in_what_it_computed_in(mini, tmp_path):
     model, recipe = base(mini, method="full", precision="bf16")
     saved = save_model(model, load_tokenizer(mini), plan(recipe, CPU), tmp_path)
     assert saved.name == "model"
-    assert {t.dtype for t in load_file(saved / "model.safetensors").values()} == {torch.bfloat16}
+    weights = load_file(saved / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    assert weights.keys() == load_file(mini / "model.safetensors").keys()  # tied weights are written once
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_layers_flags_are_transformers_own(mini):

@@ -32,7 +32,7 @@ def test_with_a_gpu_it_is_a_real_llama_on_some_of_squad(machine):
     recipe = starter_recipe()
     assert recipe.model == starter.LLAMA_1B
     assert (recipe.dataset, recipe.dataset_split) == ("rajpurkar/squad", "train[:2000]")
-    assert recipe.learning_rate == Recipe().learning_rate
+    assert recipe.learning_rate is None
 
 
 def test_with_a_gpu_and_no_network_it_says_that_it_takes_the_tiny_one(machine, capsys):

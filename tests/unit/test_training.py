@@ -99,6 +99,23 @@ def test_accumulation_changes_memory_and_not_what_is_learned(recipe, tmp_path, m
     assert parts == pytest.approx(whole, abs=1e-4)
 
 
+def test_what_fails_after_training_does_not_take_the_adapter_along(recipe, tmp_path, monkeypatch):
+    import llamanb.evaluate as evaluation
+
+    real, calls = evaluation.evaluate, []
+
+    def fails_the_second_time(model, data):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(model, data)
+
+    monkeypatch.setattr(evaluation, "evaluate", fails_the_second_time)
+    with pytest.raises(MemoryError):
+        train(plan(recipe(), CPU), name="run", runs=tmp_path)
+    assert load_adapter(tmp_path / "run")
+
+
 def test_no_row_held_out_means_no_scores(recipe, tmp_path):
     run = train(plan(recipe(eval_rows=0), CPU), name="run", runs=tmp_path)
     assert run.scores is None
