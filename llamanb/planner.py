@@ -8,7 +8,7 @@ from llamanb.recipe import Recipe
 
 TOKENS_AT_ONCE = 2048
 """Tokens per micro-batch on a GPU: with every layer checkpointed, 8B in nf4 peaked at 6.6 GiB with 4 × 512 of them
-(benchmarks/results/gpu_tests.md), and a matrix product of 2,048 rows already fills a card of this size."""
+(benchmarks/results/gpu_tests.md)."""
 
 
 def plan(recipe: Recipe, card: Card | None = None) -> Plan:

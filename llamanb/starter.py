@@ -15,7 +15,7 @@ SQUAD = {
     "long_rows": "skip",
     "steps": 60,
 }
-"""Some minutes on a T4. Other rows, where they are named, are read whole, with the recipe's own defaults."""
+"""A sample, for a first run. Other rows, where they are named, are read whole, with the recipe's own defaults."""
 FOR_THE_MODEL = ("learning_rate", "schedule", "rank", "alpha")
 """What of the tiny Llama's settings belongs to the model, whatever it is trained on; the rest belongs to its rows."""
 
