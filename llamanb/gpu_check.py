@@ -19,6 +19,7 @@ from llamanb import machine
 from llamanb.card import Card, Precision, choose_precision
 from llamanb.errors import GpuError, LlamanbError
 from llamanb.html import Table, escape_text
+from llamanb.nvml import NvmlMemory, ask, gpu_processes, nvml_handle, nvml_memory, start_nvml
 from llamanb.trials import Attention, try_precisions, working_attention
 
 QLORA_8B_RESERVED_GIB, QLORA_8B_TENSORS_GIB = 7.03, 6.61
@@ -93,13 +94,13 @@ def check_gpu(
     """
     torch = torch or importlib.import_module("torch")
     places = machine.surroundings(environ, proc)
-    started, no_nvml = cards.start_nvml(nvml)
+    started, no_nvml = start_nvml(nvml)
     index, handle, card, trouble = None, None, None, None
     try:
         index, why_no_gpu = cards.gpu_in_use(torch)
         if index is not None:
             with cards.answering():
-                handle = cards.nvml_handle(started, torch.cuda.get_device_properties(index))
+                handle = nvml_handle(started, torch.cuda.get_device_properties(index))
         memory = memory_views(torch, index, started, handle, no_nvml, places)  # before the trials take their workspaces
         card = Card.present(torch=torch, nvml=nvml, try_attention=try_attention)
     except GpuError as error:
@@ -125,7 +126,7 @@ def check_gpu(
 
     host = host_memory_and_disk(folder, proc, environ)
     loaded = versions()
-    driver = cards.ask(getattr(started, "nvmlSystemGetDriverVersion", None))
+    driver = ask(getattr(started, "nvmlSystemGetDriverVersion", None))
     rows = [
         ["GPU", "does not answer" if trouble else "none in use"],
         ["driver, torch", f"{driver or 'driver not told'}, torch {torch.__version__}"],
@@ -180,7 +181,7 @@ def memory_views(
         return Section(table, ("Torch uses no GPU here, so it has no view of one.",))
 
     notes = []
-    seen = cards.nvml_memory(nvml, handle) if handle is not None else None
+    seen = nvml_memory(nvml, handle) if handle is not None else None
     if seen:
         table.rows.append(["NVML, as in nvidia-smi", mib(seen.total), mib(seen.used), mib(seen.free), WHOLE_CARD])
     else:
@@ -213,14 +214,14 @@ def memory_views(
 WHOLE_CARD = "the whole card, every process"
 
 
-def gpus_nvml_sees(nvml: Any) -> list[tuple[str, cards.NvmlMemory | None]]:
+def gpus_nvml_sees(nvml: Any) -> list[tuple[str, NvmlMemory | None]]:
     """(name, memory) of each GPU that NVML lists, whether torch can use it or not."""
     handles = (
-        cards.ask(nvml.nvmlDeviceGetHandleByIndex, number)
-        for number in range(cards.ask(getattr(nvml, "nvmlDeviceGetCount", None)) or 0)
+        ask(nvml.nvmlDeviceGetHandleByIndex, number)
+        for number in range(ask(getattr(nvml, "nvmlDeviceGetCount", None)) or 0)
     )
     return [
-        (str(cards.ask(nvml.nvmlDeviceGetName, handle) or "a GPU"), cards.nvml_memory(nvml, handle))
+        (str(ask(nvml.nvmlDeviceGetName, handle) or "a GPU"), nvml_memory(nvml, handle))
         for handle in handles
         if handle is not None
     ]
@@ -229,7 +230,7 @@ def gpus_nvml_sees(nvml: Any) -> list[tuple[str, cards.NvmlMemory | None]]:
 def memory_holders(nvml: Any, handle: Any, no_nvml: str, own_pid: int | None) -> Section:
     """Which processes hold the GPU's memory. `own_pid`: of this process if it has a CUDA context, else None."""
     table = Table(["process", "pid", "MiB"], [], "Who holds the GPU's memory")
-    found = cards.gpu_processes(nvml, handle) if handle is not None else None
+    found = gpu_processes(nvml, handle) if handle is not None else None
     if found is None:
         why = no_nvml or ("torch uses no GPU" if handle is None else "NVML does not list processes on this machine")
         table.rows.append(["not known", "", ""])
@@ -239,7 +240,7 @@ def memory_holders(nvml: Any, handle: Any, no_nvml: str, own_pid: int | None) ->
         own = " (this process)" if process.pid == own_pid else ""
         table.rows.append([name + own, process.pid, mib(process.bytes)])
     notes = []
-    seen = cards.nvml_memory(nvml, handle)
+    seen = nvml_memory(nvml, handle)
     rest = seen.used - sum(process.bytes or 0 for process in found) if seen else 0
     if rest > 64 * 2**20:
         table.rows.append(["not on the list", "", mib(rest)])

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llamanb.card import GIB, gpu_in_use, nvml_handle, nvml_memory, start_nvml
+from llamanb.card import GIB, gpu_in_use
+from llamanb.nvml import nvml_handle, nvml_memory, start_nvml
 
 INTERVAL_S = 0.1
 

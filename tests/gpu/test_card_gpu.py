@@ -49,22 +49,22 @@ def test_free_memory_falls_by_what_is_taken_and_a_cache_counts_as_free(found):
 
 
 def test_nvml_finds_torchs_gpu_and_agrees_with_the_driver(found):
-    from llamanb import card as cards
+    from llamanb import nvml as views
 
-    nvml, why = cards.start_nvml()
+    nvml, why = views.start_nvml()
     if nvml is None:
         pytest.skip(why)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    handle = cards.nvml_handle(nvml, properties)
+    handle = views.nvml_handle(nvml, properties)
     assert handle is not None, f"uuid {properties.uuid}: NVML does not know it"
-    seen = cards.nvml_memory(nvml, handle)
+    seen = views.nvml_memory(nvml, handle)
     free, total = torch.cuda.mem_get_info()
     print(f"\nNVML {seen}\ndriver total {total}, free {free}")
     if seen is None or not seen.is_of(total):
         pytest.skip("NVML tells nothing of this device, or speaks of the card that it is a slice of")
     assert total <= seen.total < 1.1 * total
     assert abs(seen.free - free) < 256 * MIB
-    processes = cards.gpu_processes(nvml, handle)
+    processes = views.gpu_processes(nvml, handle)
     print(f"processes {processes}, this one {os.getpid()}")
 
 
@@ -148,7 +148,7 @@ def test_what_looking_costs():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_reordered_gpus_are_matched():
     code = (
-        "import torch; from llamanb import card as c; n, _ = c.start_nvml();"
+        "import torch; from llamanb import nvml as c; n, _ = c.start_nvml();"
         "p = torch.cuda.get_device_properties(0);"
         "print(n.nvmlDeviceGetUUID(c.nvml_handle(n, p)) == f'GPU-{p.uuid}', torch.cuda.device_count())"
     )

@@ -10,6 +10,7 @@ import pytest
 from fake_gpu import MIB, FakeNvml, FakeTorch, attention_that_runs, no_nvml, t4
 
 from llamanb import card as cards
+from llamanb import nvml as views
 from llamanb.card import Card, choose_precision
 from llamanb.errors import GpuError, RecipeError
 
@@ -145,10 +146,10 @@ def test_free_memory_is_the_smaller_of_driver_and_nvml(seen, free):
 
 def test_nvml_without_version_2_of_its_memory_call():
     nvml = FakeNvml(t4(), refuses=["v2"])
-    assert cards.nvml_memory(nvml, t4()) == (15360 * MIB, 660 * MIB, 14700 * MIB, None)
-    assert cards.nvml_memory(FakeNvml(t4()), t4()) == (15360 * MIB, 210 * MIB, 14700 * MIB, 450 * MIB)
+    assert views.nvml_memory(nvml, t4()) == (15360 * MIB, 660 * MIB, 14700 * MIB, None)
+    assert views.nvml_memory(FakeNvml(t4()), t4()) == (15360 * MIB, 210 * MIB, 14700 * MIB, 450 * MIB)
     old = SimpleNamespace(nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=8, used=2, free=6))
-    assert cards.nvml_memory(old, "handle") == (8, 2, 6, None)
+    assert views.nvml_memory(old, "handle") == (8, 2, 6, None)
 
 
 @pytest.mark.parametrize("call", ["current_device", "get_device_properties", "mem_get_info", "memory_reserved"])
@@ -196,34 +197,34 @@ def test_without_a_common_uuid_the_bus_address_is_tried(uuid):
     if uuid:
         properties.uuid = uuid
     gpu = t4(pci="00000000:3B:04.0")
-    assert cards.nvml_handle(FakeNvml(t4(uuid="a", pci="b"), gpu), properties) is gpu
-    assert cards.nvml_handle(FakeNvml(), properties) is None
-    assert cards.nvml_handle(FakeNvml(gpu), SimpleNamespace()) is None
-    assert cards.nvml_handle(None, properties) is None
+    assert views.nvml_handle(FakeNvml(t4(uuid="a", pci="b"), gpu), properties) is gpu
+    assert views.nvml_handle(FakeNvml(), properties) is None
+    assert views.nvml_handle(FakeNvml(gpu), SimpleNamespace()) is None
+    assert views.nvml_handle(None, properties) is None
 
 
 def test_nvml_that_cannot_start_says_why():
-    assert cards.start_nvml(no_nvml()) == (None, "NVML says: Not Supported")
+    assert views.start_nvml(no_nvml()) == (None, "NVML says: Not Supported")
 
 
 def test_nvml_that_is_not_installed_says_what_to_install(monkeypatch):
-    cards._real_nvml.cache_clear()
+    views._real_nvml.cache_clear()
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    module, why = cards.start_nvml()
-    cards._real_nvml.cache_clear()
+    module, why = views.start_nvml()
+    views._real_nvml.cache_clear()
     assert module is None
     assert "pip install nvidia-ml-py" in why
 
 
 def test_the_real_nvml_never_raises():
-    module, why = cards.start_nvml()
+    module, why = views.start_nvml()
     assert (module is None) == bool(why)
 
 
 def test_processes_that_compute_and_draw_are_counted_once():
     gpu = t4(compute=[(10, 500), (11, None)], graphics=[(10, 520), (12, 900), (13, 2**63 // MIB)])
     nvml = FakeNvml(gpu, names={10: "/usr/bin/python3", 12: "/usr/lib/xorg/Xorg"})
-    assert cards.gpu_processes(nvml, gpu) == [
+    assert views.gpu_processes(nvml, gpu) == [
         (12, "/usr/lib/xorg/Xorg", 900 * MIB),
         (10, "/usr/bin/python3", 520 * MIB),
         (11, "", None),
@@ -234,6 +235,6 @@ def test_processes_that_compute_and_draw_are_counted_once():
 def test_processes_that_nvml_does_not_list():
     both = ["nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"]
     gpu = t4(compute=[(10, 500)])
-    assert cards.gpu_processes(FakeNvml(gpu, refuses=both), gpu) is None
-    assert len(cards.gpu_processes(FakeNvml(gpu, refuses=both[1:]), gpu)) == 1
-    assert cards.gpu_processes(FakeNvml(t4()), t4()) == []
+    assert views.gpu_processes(FakeNvml(gpu, refuses=both), gpu) is None
+    assert len(views.gpu_processes(FakeNvml(gpu, refuses=both[1:]), gpu)) == 1
+    assert views.gpu_processes(FakeNvml(t4()), t4()) == []

@@ -1,0 +1,117 @@
+"""NVML, as far as llamanb asks it: a GPU's memory and who holds it.
+
+The only view of other processes, and the only one that needs no CUDA context. It can be absent, refuse, or lose the
+GPU, so every answer may be None. Where a function takes `nvml`, leave it out to get the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+@functools.cache
+def _real_nvml() -> tuple[Any, str]:
+    try:
+        return importlib.import_module("pynvml"), ""
+    except ImportError:
+        return None, "nvidia-ml-py is not installed (pip install nvidia-ml-py)"
+
+
+def start_nvml(nvml: Any = None) -> tuple[Any, str]:
+    """NVML's module (nvidia-ml-py's `pynvml`), started, or None and why it cannot be used. Raises nothing."""
+    why = ""
+    if nvml is None:
+        nvml, why = _real_nvml()
+    if nvml is not None:
+        try:
+            nvml.nvmlInit()
+        except Exception as error:  # no library, no driver, driver and library of different versions
+            nvml, why = None, f"NVML says: {first_line(error)}"
+    return nvml, why
+
+
+def ask(function: Callable | None, *args: Any) -> Any:
+    """`function(*args)`, or None when NVML cannot tell ("N/A", not permitted, too old a driver, GPU lost)."""
+    with contextlib.suppress(Exception):
+        return function(*args)
+    return None
+
+
+def nvml_handle(nvml: Any, properties: Any) -> Any:
+    """NVML's handle of the GPU with these `torch.cuda.get_device_properties`; None when it finds no such GPU.
+
+    Never by number: NVML counts every GPU in bus order, torch those that CUDA_VISIBLE_DEVICES leaves, fastest first.
+    """
+    uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-")
+    for kind in ("GPU-", "MIG-") if uuid else ():
+        handle = ask(getattr(nvml, "nvmlDeviceGetHandleByUUID", None), kind + uuid)
+        if handle is not None:
+            return handle
+    parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in parts:
+        return None
+    address = "{:08X}:{:02X}:{:02X}.0".format(*parts)
+    return ask(getattr(nvml, "nvmlDeviceGetHandleByPciBusId", None), address)
+
+
+class NvmlMemory(NamedTuple):
+    """NVML's view of a GPU, in bytes."""
+
+    total: int
+    used: int
+    free: int
+    reserved: int | None
+    """What driver and firmware keep for themselves; None where NVML counts it as used."""
+
+    def is_of(self, total: int) -> bool:
+        """Whether this is the memory of a device of `total` bytes, not of the whole card that it is a slice of."""
+        return self.total < 1.25 * total
+
+
+def nvml_memory(nvml: Any, handle: Any) -> NvmlMemory | None:
+    """What NVML says of a GPU's memory; None when it does not say."""
+    query = getattr(nvml, "nvmlDeviceGetMemoryInfo", None)
+    version = getattr(nvml, "nvmlMemory_v2", None)  # like nvidia-smi: what the driver reserves apart from what is used
+    info = (ask(query, handle, version) if version else None) or ask(query, handle)
+    if info is None or not 0 < info.total < 2**62:  # "N/A" is all ones
+        return None
+    return NvmlMemory(info.total, info.used, info.free, getattr(info, "reserved", None))
+
+
+class GpuProcess(NamedTuple):
+    """A process that holds memory of a GPU."""
+
+    pid: int
+    name: str
+    """Empty when NVML does not tell."""
+    bytes: int | None
+    """None when NVML does not tell (WSL2, MIG)."""
+
+
+def gpu_processes(nvml: Any, handle: Any) -> list[GpuProcess] | None:
+    """Who holds this GPU's memory, largest first; None when NVML does not tell.
+
+    A process that both computes and draws is on both of NVML's lists and counted once.
+    """
+    kinds = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
+    lists = [ask(getattr(nvml, kind, None), handle) for kind in kinds]
+    if all(entries is None for entries in lists):
+        return None
+    held: dict[int, int | None] = {}
+    for entry in (entry for entries in lists for entry in entries or ()):
+        size = entry.usedGpuMemory
+        if size is None or size >= 2**62:
+            held.setdefault(entry.pid, None)
+        else:
+            held[entry.pid] = max(held.get(entry.pid) or 0, size)
+    found = [GpuProcess(pid, str(ask(nvml.nvmlSystemGetProcessName, pid) or ""), size) for pid, size in held.items()]
+    return sorted(found, key=lambda process: -(process.bytes or 0))
+
+
+def first_line(error: object) -> str:
+    """What an error says, without its longer explanations."""
+    return (str(error).strip().splitlines() or [""])[0]
