@@ -1,0 +1,262 @@
+"""Layer shapes and parameter counts of a Llama, from its config.json: what a plan has to know of a model.
+
+    from llamanb.architecture import architecture
+    architecture("meta-llama/Llama-3.1-8B-Instruct").parameters    # 8030261248, without a byte downloaded
+
+The Llama 3 family is known by name; anything else reads its own config.json, a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llamanb import tiny
+from llamanb.errors import ModelError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a decoder layer, in the order in which they are computed."""
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+"""What bitsandbytes writes into a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Layer shapes of a Llama, from its config.json."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    """Embedding and head are one matrix."""
+    max_positions: int
+    """Tokens that its positions reach."""
+    quantization: str | None = None
+    """What the checkpoint already is: one of QUANTIZATIONS, or None for 16 or 32 bits."""
+
+    @property
+    def q(self) -> int:
+        """Width of the queries of one token."""
+        return self.heads * self.head_size
+
+    @property
+    def kv(self) -> int:
+        """Width of the keys (and of the values) of one token."""
+        return self.kv_heads * self.head_size
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """(in, out) of one of PROJECTIONS."""
+        h, f = self.hidden, self.intermediate
+        return {
+            "q_proj": (h, self.q),
+            "k_proj": (h, self.kv),
+            "v_proj": (h, self.kv),
+            "o_proj": (self.q, h),
+            "gate_proj": (h, f),
+            "up_proj": (h, f),
+            "down_proj": (f, h),
+        }[name]
+
+    @property
+    def layer_linear_parameters(self) -> int:
+        """Of one decoder layer's PROJECTIONS."""
+        return sum(rows * columns for rows, columns in map(self.linear, PROJECTIONS))
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one decoder layer, its two norms included."""
+        return self.layer_linear_parameters + 2 * self.hidden
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of the embedding; a head that is not tied to it has as many again."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        ends = self.embedding_parameters * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + ends + self.hidden
+
+
+_LARGEST = {  # far above any Llama, and low enough that a byte count stays a number a person can read
+    "hidden_size": 2**20,
+    "num_hidden_layers": 2**14,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "intermediate_size": 2**22,
+    "vocab_size": 2**26,
+    "max_position_embeddings": 2**32,
+}
+
+
+def from_config(fields: Mapping[str, Any], name: str) -> Architecture:
+    """The architecture that a config.json describes; `name` is what errors call it.
+
+    Fields that older configs leave out have transformers' defaults: one key and value head per head, a head as wide as
+    the hidden size allows, untied, 2048 positions.
+
+    Raises:
+        ModelError: it is no Llama, or a number in it cannot be.
+    """
+    if not isinstance(fields, Mapping):
+        raise _wrong(name, f"it is a {type(fields).__name__}, not an object with fields")
+    kind = fields.get("model_type")
+    if kind != "llama":
+        raise ModelError(
+            f"{name} is a {kind!r} model, not a Llama" if kind else f"{name}: config.json has no model_type",
+            "llamanb plans and trains the Llama architecture: no mixture of experts, no vision, no Llama 4",
+            "choose a Llama 3 checkpoint, such as meta-llama/Llama-3.2-1B-Instruct",
+        )
+    other = [field for field in ("num_local_experts", "vision_config", "text_config") if fields.get(field)]
+    if other:
+        raise _wrong(name, f"it calls itself a llama and has {other[0]}: experts and vision are not planned for")
+
+    def number(field: str, default: int | None = None) -> int:
+        value = fields.get(field)
+        if value is None:
+            if default is None:
+                raise _wrong(name, f"{field} is missing")
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[field]:
+            raise _wrong(name, f"{field} is {str(value)[:40]!r}, not a whole number from 1 to {_LARGEST[field]:,}")
+        return value
+
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    kv_heads = number("num_key_value_heads", heads)
+    if fields.get("head_dim") is None and hidden % heads:
+        raise _wrong(name, f"hidden_size {hidden} is not divided by its {heads} heads, and head_dim is not given")
+    if heads % kv_heads:
+        raise _wrong(name, f"{heads} heads cannot share {kv_heads} key and value heads evenly")
+    tied = fields.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise _wrong(name, f"tie_word_embeddings is {str(tied)[:40]!r}, not true or false")
+    return Architecture(
+        name=name,
+        hidden=hidden,
+        layers=number("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=number("head_dim", hidden // heads),
+        intermediate=number("intermediate_size"),
+        vocabulary=number("vocab_size"),
+        tied=tied,
+        max_positions=number("max_position_embeddings", 2048),
+        quantization=_quantization(fields.get("quantization_config"), name),
+    )
+
+
+def _quantization(config: Any, name: str) -> str | None:
+    """What transformers' `quantization_config` says the stored weights are."""
+    if not config:
+        return None
+    if not isinstance(config, Mapping):
+        raise _wrong(name, "quantization_config is not an object")
+    if config.get("load_in_4bit"):
+        kind = config.get("bnb_4bit_quant_type", "fp4")
+    elif config.get("load_in_8bit"):
+        kind = "int8"
+    else:
+        kind = config.get("quant_method")
+    if kind not in QUANTIZATIONS:
+        raise _wrong(name, f"its weights are stored as {str(kind)[:40]!r}; what can be trained: " + _listed())
+    return kind
+
+
+def _listed() -> str:
+    return f"{', '.join(QUANTIZATIONS)} of bitsandbytes, and 16 or 32 bits"
+
+
+def _wrong(name: str, why: str) -> ModelError:
+    return ModelError(
+        f"{name} has a config.json that describes no Llama llamanb can plan for",
+        why,
+        "give the config.json of a complete Llama checkpoint, as transformers writes it",
+    )
+
+
+def architecture(model: str, revision: str = "main") -> Architecture:
+    """The architecture of a recipe's model: `tiny`, a folder, or a name on the Hub.
+
+    The Llama 3 family under the names of Meta and of KNOWN_OWNERS needs no network; any other name fetches the
+    checkpoint's config.json and tokenizer (`hub.checkpoint_folder` says what it raises).
+
+    Raises:
+        ModelError: its config.json is missing, unreadable, or no Llama's.
+    """
+    if model == "tiny":
+        return from_config(_read(tiny.CHECKPOINT / "config.json", model), model)
+    if (folder := Path(model).expanduser()).is_dir():
+        return from_config(_read(folder / "config.json", model), model)
+    if revision == "main" and (found := known(model)):
+        return found
+    from llamanb import hub
+
+    return from_config(_read(hub.checkpoint_folder(model, revision, weights=False) / "config.json", model), model)
+
+
+def _read(path: Path, name: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{name} has no readable config.json",
+            f"{path}: {type(error).__name__}: {error}",
+            "give the folder of a complete checkpoint, with config.json, tokenizer.json and *.safetensors",
+        ) from None
+
+
+# The Llama 3 family by name, as Meta published it (config.json of each repository).
+
+KNOWN_OWNERS = ("meta-llama", "unsloth", "NousResearch")
+"""Whose repositories of these names are the published weights; another owner's may be anything."""
+
+_8B = Architecture("", 4096, 32, 32, 8, 128, 14336, 128256, tied=False, max_positions=8192)
+_70B = replace(_8B, hidden=8192, layers=80, heads=64, intermediate=28672)
+_405B = replace(_8B, hidden=16384, layers=126, heads=128, intermediate=53248)
+_1B = Architecture("", 2048, 16, 32, 8, 64, 8192, 128256, tied=True, max_positions=131072)
+_3B = replace(_1B, hidden=3072, layers=28, heads=24, head_size=128)
+_LONG = 131072
+
+_FAMILY = {
+    "llama-3-8b": _8B,
+    "llama-3-70b": _70B,
+    "llama-3.1-8b": replace(_8B, max_positions=_LONG),
+    "llama-3.1-70b": replace(_70B, max_positions=_LONG),
+    "llama-3.1-405b": replace(_405B, max_positions=_LONG),
+    "llama-3.2-1b": _1B,
+    "llama-3.2-3b": _3B,
+    "llama-3.3-70b": replace(_70B, max_positions=_LONG),
+}
+
+
+_NAME = re.compile(r"(?:meta-)?(llama-3(?:\.\d)?-\d+b)(?:-instruct)?(-bnb-4bit)?", re.IGNORECASE)
+
+
+def known(model: str) -> Architecture | None:
+    """The architecture of a published Llama 3 by its repository name; None for every other name.
+
+    Held to whole names of KNOWN_OWNERS: `Llama-3.1-8B`, with `Meta-` before or `-Instruct` after it, and unsloth's
+    copies in nf4 with `-bnb-4bit` at the end. A fine-tune called `Llama-3.1-8B-something` reads its own config, and so
+    does `-unsloth-bnb-4bit`, which keeps some layers in 16 bits.
+    """
+    owner, _, name = model.partition("/")
+    match = _NAME.fullmatch(name)
+    if match is None or owner.lower() not in [known.lower() for known in KNOWN_OWNERS]:
+        return None
+    found = _FAMILY.get(match[1].lower())
+    if found is None or (match[2] and owner.lower() != "unsloth"):
+        return None
+    return replace(found, name=model, quantization="nf4" if match[2] else None)
