@@ -1,8 +1,10 @@
 """One GPU's facts, asked for and tried on this machine.
 
     from llamanb import Card
-    print(Card.present())                                              # the GPU that torch would use, or the CPU
-    Card(name="T4", capability=(7, 5), vram_gib=14.56, free_gib=14.0)  # one written by hand
+    Card.here()             # what plans start from: this machine's GPU, with what is known of its speed
+    Card.measure()          # the same, its speed and overhead measured now and kept for the next time
+    Card.known("RTX 3060")  # one of the table in cards.py
+    Card.pretend("T4")      # a bigger GPU, made to behave like a T4 in this process
 
 Torch and NVML load inside the functions, so a card can be read and written without either. Where a function takes
 `torch` or `nvml`, leave it out to get the real one; anything that answers the same calls does (the tests use that).
@@ -25,6 +27,23 @@ from llamanb.nvml import first_line, nvml_handle, nvml_memory, start_nvml
 from llamanb.trials import DTYPES, KERNELS, Attention, working_attention
 
 GIB = 2**30
+
+KERNELS_LATER_GIB = 0.14
+"""Free memory that kernels loaded later still take, outside torch's allocator: from 0.60 GiB after the first tensor to
+0.73 at the end of a QLoRA step on an H200. Smaller cards take less."""
+
+UNITS = {
+    "vram_gib": "GiB",
+    "free_gib": "GiB",
+    "context_gib": "GiB",
+    "blas_workspace_mib": "MiB",
+    "tflops": "TFLOP/s",
+    "bandwidth_gbs": "GB/s",
+    "host_link_gbs": "GB/s",
+    "launch_us": "microseconds",
+}
+"""Of a card's numbers."""
+SPEEDS = ("tflops", "bandwidth_gbs", "host_link_gbs", "launch_us")
 
 BF16_CAPABILITY = (8, 0)
 """The first compute capability with bf16 matrix units (Ampere)."""
@@ -99,31 +118,53 @@ class Card:
     vram_gib: float = 0.0
     """What a process can be given (the driver's total; a T4's nominal 15 GiB come out as 14.56). 0 for a CPU."""
     free_gib: float | None = None
-    """What plans start from: free now, torch's own unused cache included. Left out: all of it."""
+    """What plans start from: what torch's allocator can be given. Of the GPU at hand: free now, torch's own unused
+    cache included, less KERNELS_LATER_GIB. Left out: all but the context."""
     attention: tuple[str, ...] = ()
     """Attention kernels (of `KERNELS`) that ran, forward and backward, with a key and value head per query head."""
     attention_gqa: tuple[str, ...] = ()
     """Those that ran with grouped heads (`enable_gqa=True`), which is how Llama 3 calls them."""
+    context_gib: float | None = None
+    """What one process takes outside torch's allocator by the end of a step: CUDA context and kernels."""
+    blas_workspace_mib: float | None = None
+    """cuBLAS's workspace for each handle and stream, inside torch's allocator; see `workspace_mib`."""
+    tflops: float | None = None
+    """Sustained TFLOP/s of matrix products in 16 bits that add up in 32."""
+    bandwidth_gbs: float | None = None
+    """GB/s (1e9 bytes) of its memory."""
+    host_link_gbs: float | None = None
+    """GB/s from pinned host memory to it."""
+    launch_us: float | None = None
+    """Microseconds that Python and torch take to launch one operation."""
+    source: str = ""
+    """Where these figures come from."""
 
     def __post_init__(self):
-        if self.free_gib is None:
-            object.__setattr__(self, "free_gib", self.vram_gib)
+        fix = 'For example Card(name="T4", capability=(7, 5), vram_gib=14.56, free_gib=14.0).'
         for field in ("attention", "attention_gqa"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        fix = 'For example Card(name="T4", capability=(7, 5), vram_gib=14.56, free_gib=14.0).'
-        for field in ("vram_gib", "free_gib"):
+        for field, unit in UNITS.items():
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise GpuError(f"Card {self.name!r}: {field}={value!r}", "It is a size in GiB, 0 or more.", fix)
-        if self.free_gib > self.vram_gib:
-            why = f"vram_gib={self.vram_gib} is all there is."
-            raise GpuError(f"Card {self.name!r}: free_gib={self.free_gib}", why, fix)
+            if value is None and field != "vram_gib":
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf or (field in SPEEDS and not value):
+                why = f"It is in {unit}, {'above 0' if field in SPEEDS else '0 or more'}."
+                raise GpuError(f"Card {self.name!r}: {field}={value!r}", why, fix)
         if self.capability is not None:
             pair = tuple(self.capability) if isinstance(self.capability, list | tuple) else ()
             if len(pair) != 2 or not all(type(part) is int and part >= 0 for part in pair):
                 why = "It is a pair of whole numbers, or None for a CPU."
                 raise GpuError(f"Card {self.name!r}: capability={self.capability!r}", why, fix)
             object.__setattr__(self, "capability", pair)
+        if self.context_gib and self.context_gib >= self.vram_gib:
+            why = f"vram_gib={self.vram_gib} is all there is, and tensors need some of it."
+            raise GpuError(f"Card {self.name!r}: context_gib={self.context_gib}", why, fix)
+        if self.free_gib is None:
+            object.__setattr__(self, "free_gib", self.vram_gib - (self.context_gib or 0))
+        if self.free_gib > self.vram_gib:
+            why = f"vram_gib={self.vram_gib} is all there is."
+            raise GpuError(f"Card {self.name!r}: free_gib={self.free_gib}", why, fix)
         unknown = sorted({*self.attention, *self.attention_gqa} - KERNELS.keys())
         if unknown:
             why = f"Known kernels: {', '.join(KERNELS)}."
@@ -151,9 +192,73 @@ class Card:
                 properties = torch.cuda.get_device_properties(index)
                 total, free = _free_bytes(torch, index, properties, nvml)
             capability = (properties.major, properties.minor)
-            card = cls(properties.name, capability, vram_gib=total / GIB, free_gib=free / GIB)
+            left = max(free / GIB - KERNELS_LATER_GIB, 0.0)
+            workspace = blas_workspace_mib(torch, capability)
+            card = cls(properties.name, capability, total / GIB, left, blas_workspace_mib=workspace)
             tried = try_attention(card.dtype, f"cuda:{index}")
         return replace(card, attention=tried.runs(), attention_gqa=tried.runs(gqa=True))
+
+    @classmethod
+    def here(cls) -> Card:
+        """What plans start from: this machine's card, with the figures of its last measurement or of the table.
+
+        Where a measurement is kept and NVML shows one GPU, torch is not even imported; else like `present`.
+        """
+        from llamanb.measured import here
+
+        return here()
+
+    @classmethod
+    def measure(cls, save: bool = True) -> Card:
+        """This machine's card, measured: context, kernels that run, speeds. Two or three seconds, 1.2 GiB at most.
+
+        Args:
+            save: keep it in the user's cache folder, for `here`.
+        """
+        from llamanb.measured import measure
+
+        return measure(save=save)
+
+    @classmethod
+    def known(cls, name: str) -> Card:
+        """A card of the table, such as "T4" or "RTX 4090"; case, spaces and NVIDIA's prefixes do not matter.
+
+        Raises:
+            GpuError: the table has no such card.
+        """
+        from llamanb.cards import find
+
+        return find(name)
+
+    @classmethod
+    def pretend(cls, name: str, *, ballast: bool = False) -> Card:
+        """Makes this process behave as if its GPU were a smaller one of the table; `llamanb.pretend` undoes it.
+
+        Args:
+            name: as for `known`.
+            ballast: hold the rest of the memory too, for whoever asks the driver what is free.
+
+        Raises:
+            GpuError: there is no GPU, or one that is smaller or older than the card it should be.
+        """
+        from llamanb.pretend import pretend
+
+        return pretend(name, ballast=ballast)
+
+    @property
+    def workspace_mib(self) -> float:
+        """cuBLAS's workspace for each handle and stream: as told, or torch's default for this capability."""
+        return default_workspace_mib(self.capability) if self.blas_workspace_mib is None else self.blas_workspace_mib
+
+    @property
+    def runs_default_torch(self) -> bool:
+        """Whether the PyTorch build that a plain `pip install torch` brings has code for it; the CPU runs every one.
+
+        Below it (P100, V100) `llamanb.setup.torch_build` chooses the build for CUDA 12.6.
+        """
+        from llamanb.setup.torch_build import DEFAULT_OLDEST_GPU
+
+        return self.capability is None or self.capability >= DEFAULT_OLDEST_GPU
 
     def choose_precision(self, wanted: str = "auto") -> Precision:
         """`choose_precision` for this card."""
@@ -182,6 +287,17 @@ class Card:
             ["attention", ", ".join(self.attention) or "not tried"],
             ["attention, grouped heads", ", ".join(self.attention_gqa) or "not tried"],
         ]
+        labels = {
+            "context_gib": "outside torch's allocator",
+            "tflops": "16-bit products",
+            "bandwidth_gbs": "its memory",
+            "host_link_gbs": "from the host",
+            "launch_us": "launch of an operation",
+        }
+        for field, label in labels.items():
+            if (value := getattr(self, field)) is not None:
+                rows.append([label, f"{value:.3g} {UNITS[field]}"])
+        rows += [["figures from", self.source]] if self.source else []
         return Table(["card", self.name], rows)
 
     def __str__(self) -> str:
@@ -225,6 +341,24 @@ def answering():
             f"torch says: {first_line(error)}",
             "See in nvidia-smi whether another process has it. Restart the kernel; if that is not enough, the machine.",
         ) from error
+
+
+def default_workspace_mib(capability: tuple[int, int] | None) -> float:
+    """cuBLAS's workspace for each handle and stream when nobody set CUBLAS_WORKSPACE_CONFIG, in MiB; 0 without a GPU.
+
+    As `parseChosenWorkspaceSize` of aten/src/ATen/cuda/CublasHandlePool.cpp has it since torch 2.12: 32 MiB on Hopper
+    and Blackwell (majors 9, 10 and 12), else `:4096:2:16:8`, which is 2 × 4096 + 8 × 16 KiB.
+    """
+    if capability is None:
+        return 0.0
+    return 32.0 if capability[0] in (9, 10, 12) else 8.125
+
+
+def blas_workspace_mib(torch: Any, capability: tuple[int, int]) -> float:
+    """cuBLAS's workspace as this torch says (2.13 does), or by capability."""
+    with contextlib.suppress(Exception):
+        return torch.backends.cuda.cublas_workspace_size() / 2**20
+    return default_workspace_mib(capability)
 
 
 def _free_bytes(torch: Any, index: int, properties: Any, nvml: Any) -> tuple[int, int]:

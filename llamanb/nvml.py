@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -56,6 +57,39 @@ def nvml_handle(nvml: Any, properties: Any) -> Any:
         return None
     address = "{:08X}:{:02X}:{:02X}.0".format(*parts)
     return ask(getattr(nvml, "nvmlDeviceGetHandleByPciBusId", None), address)
+
+
+def only_gpu(nvml: Any, environ: Mapping[str, str] = os.environ) -> Any:
+    """NVML's handle of the one GPU that a new process would see; None when there are several, none, or no telling.
+
+    CUDA_VISIBLE_DEVICES may name numbers or the beginnings of UUIDs. Numbers among several GPUs count only in bus
+    order (CUDA_DEVICE_ORDER=PCI_BUS_ID), which is NVML's. A GPU cut into slices (MIG) does not count.
+    """
+    handles = [ask(nvml.nvmlDeviceGetHandleByIndex, i) for i in range(ask(nvml.nvmlDeviceGetCount) or 0)]
+    if None in handles:
+        return None
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        entries = [entry.strip() for entry in visible.split(",")]
+        if len(entries) != 1:
+            return None
+        (entry,) = entries
+        if entry.startswith("GPU-"):
+            handles = [handle for handle in handles if (gpu_uuid(nvml, handle) or "").startswith(entry)]
+        elif entry.isdecimal() and (len(handles) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"):
+            handles = handles[int(entry) : int(entry) + 1]
+        else:
+            return None
+    if len(handles) != 1:
+        return None
+    mode = ask(getattr(nvml, "nvmlDeviceGetMigMode", None), handles[0])
+    return None if mode and mode[0] else handles[0]
+
+
+def gpu_uuid(nvml: Any, handle: Any) -> str | None:
+    """A GPU's UUID, "GPU-..."; None when NVML does not tell."""
+    uuid = ask(getattr(nvml, "nvmlDeviceGetUUID", None), handle)
+    return uuid.decode() if isinstance(uuid, bytes) else uuid
 
 
 class NvmlMemory(NamedTuple):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llamanb.html import Table
 
@@ -162,6 +163,88 @@ def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str
     if on_gpu and torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what the matrices took is for whoever comes next
     return found
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a GPU is, in the units of `Card`; None where a trial did not run."""
+
+    tflops: float | None
+    bandwidth_gbs: float | None
+    host_link_gbs: float | None
+    launch_us: float | None
+
+
+def measure_rates(dtype: str, device: str, *, free_gib: float, seconds: float = 0.5) -> Rates:
+    """Matrix products, copies in the GPU's memory and from pinned host memory, and launches of a small operation.
+
+    Up to 0.5 GiB of the GPU for a moment, a quarter of what is free where that is less; 64 MiB of pinned host memory.
+    The matrices are random: zeros switch fewer transistors and run faster than any model does.
+
+    Args:
+        dtype: one of `DTYPES`, 16 bits wide.
+        device: a torch device, a GPU.
+        free_gib: what may be allocated.
+        seconds: how long to multiply; the copies and launches take about as long together.
+    """
+    torch = importlib.import_module("torch")
+    room = min(free_gib / 4, 0.5) * 2**30
+    what = getattr(torch, DTYPES[dtype])
+
+    def per_call(work: Callable[[], Any], at_least_s: float, burst: int = 4) -> float:
+        """Seconds that one `work()` takes, over bursts that keep the GPU's queue from running empty."""
+        for _ in range(2):  # loads kernels, and lets the clock rise
+            work()
+        torch.cuda.synchronize(device)
+        done, start = 0, time.perf_counter()
+        while True:
+            for _ in range(burst):
+                work()
+            torch.cuda.synchronize(device)
+            done, spent = done + burst, time.perf_counter() - start
+            if spent >= at_least_s:
+                return spent / done
+
+    def products() -> float:
+        size = 8192
+        while size > 512 and 3 * 2 * size**2 > room:
+            size //= 2
+        a, b = (torch.randn(size, size, device=device, dtype=what) for _ in range(2))
+        out = torch.empty_like(a)
+        return 2 * size**3 / per_call(lambda: torch.mm(a, b, out=out), seconds) / 1e12
+
+    def copies() -> float:
+        size = int(room // 2)
+        source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+        return 2 * size / per_call(lambda: target.copy_(source), seconds / 4) / 1e9  # read once, written once
+
+    def from_host() -> float:
+        size = min(64 * 2**20, int(room))
+        source = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        target = torch.zeros(size, dtype=torch.uint8, device=device)
+        return size / per_call(lambda: target.copy_(source, non_blocking=True), seconds / 4) / 1e9
+
+    def launches() -> float:
+        number = torch.zeros(1, device=device)
+        rounds = []
+        for _ in range(6):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(500):  # fewer than the GPU's queue holds: the last one waits for none before it
+                number.add_(1)
+            rounds.append((time.perf_counter() - start) / 500)
+        return min(rounds[1:]) * 1e6
+
+    def tried(trial: Callable[[], float]) -> float | None:
+        try:
+            return trial()
+        except Exception:  # no room, no pinned memory, no such kernel: a figure less
+            return None
+        finally:
+            torch.cuda.empty_cache()
+
+    with torch.inference_mode():
+        return Rates(tried(products), tried(copies), tried(from_host), tried(launches))
 
 
 def _plain(error: Exception) -> str:

@@ -27,7 +27,15 @@ class FakeTorch:
             mem_get_info=lambda index: (free * MIB, total * MIB),
             memory_reserved=lambda index: reserved * MIB,
             memory_allocated=lambda index: allocated * MIB,
+            is_initialized=lambda: self.initialized,
+            set_per_process_memory_fraction=lambda fraction, index: setattr(self, "fraction", fraction),
         )
+        self.initialized, self.fraction = False, 1.0
+        self.switches = dict.fromkeys(("flash", "cudnn", "mem_efficient", "math"), True)
+        self.backends = SimpleNamespace(cuda=SimpleNamespace())
+        for name in self.switches:
+            setattr(self.backends.cuda, f"{name}_sdp_enabled", lambda name=name: self.switches[name])
+            setattr(self.backends.cuda, f"enable_{name}_sdp", lambda on, name=name: self.switches.update({name: on}))
 
     @classmethod
     def without_gpu(cls, version="2.13.0+cpu", built=None, says=""):
@@ -95,6 +103,12 @@ class FakeNvml:
 
     def nvmlDeviceGetHandleByPciBusId(self, address):
         return self._find("nvmlDeviceGetHandleByPciBusId", "pci", address)
+
+    def nvmlDeviceGetUUID(self, gpu):
+        return self._answer("nvmlDeviceGetUUID", gpu["uuid"])
+
+    def nvmlDeviceGetMigMode(self, gpu):
+        return self._answer("nvmlDeviceGetMigMode", gpu.get("mig", [0, 0]))
 
     def nvmlDeviceGetName(self, gpu):
         return self._answer("nvmlDeviceGetName", gpu["name"])

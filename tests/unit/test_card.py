@@ -14,6 +14,7 @@ from llamanb import nvml as views
 from llamanb.card import Card, choose_precision
 from llamanb.errors import GpuError, RecipeError
 
+LATER = cards.KERNELS_LATER_GIB
 T4_BY_HAND = Card(name="T4", capability=(7, 5), vram_gib=14.56, free_gib=14.0)
 
 
@@ -72,6 +73,36 @@ def test_a_card_by_hand_starts_from_all_its_memory_and_survives_json():
     assert card.attention == ("flash", "math")
     assert Card(**json.loads(json.dumps(dataclasses.asdict(card)))) == card
     assert hash(card) == hash(dataclasses.replace(card))
+    measured = dataclasses.replace(card, context_gib=0.4, tflops=130.0, launch_us=7, source="measured")
+    assert Card(**json.loads(json.dumps(dataclasses.asdict(measured)))) == measured
+
+
+def test_a_context_is_not_for_tensors():
+    assert Card("T4", (7, 5), 14.56, context_gib=0.16).free_gib == pytest.approx(14.40)
+    assert Card("T4", (7, 5), 14.56, 10, context_gib=0.16).free_gib == 10
+
+
+@pytest.mark.parametrize(
+    ("capability", "mib"),
+    [(None, 0), ((6, 0), 8.125), ((7, 5), 8.125), ((8, 9), 8.125), ((9, 0), 32), ((10, 0), 32), ((12, 0), 32)],
+)
+def test_cublas_takes_its_workspace_by_capability(capability, mib):
+    assert Card("X", capability, 8).workspace_mib == mib
+    assert Card("X", capability, 8, blas_workspace_mib=4).workspace_mib == 4
+
+
+def test_a_torch_that_knows_its_workspace_is_believed():
+    torch = FakeTorch()
+    assert present(torch).workspace_mib == 8.125
+    torch.backends.cuda.cublas_workspace_size = lambda: 16 * MIB
+    assert present(torch).workspace_mib == 16
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"), [(None, True), ((6, 0), False), ((7, 0), False), ((7, 5), True), ((12, 0), True)]
+)
+def test_whether_the_default_build_of_torch_has_code_for_it(capability, runs):
+    assert Card("X", capability, 8).runs_default_torch is runs
 
 
 @pytest.mark.parametrize(
@@ -88,6 +119,17 @@ def test_a_card_by_hand_starts_from_all_its_memory_and_survives_json():
         ({"capability": (7,)}, "capability="),
         ({"capability": ("7", "5")}, "capability="),
         ({"attention": ("flush",)}, "flush"),
+        ({"vram_gib": None}, "vram_gib=None"),
+        ({"vram_gib": 8, "context_gib": float("nan")}, "context_gib=nan"),
+        ({"vram_gib": 8, "context_gib": -1}, "context_gib=-1"),
+        ({"vram_gib": 8, "context_gib": 8}, "context_gib=8"),
+        ({"vram_gib": 8, "context_gib": 9.5}, "context_gib=9.5"),
+        ({"blas_workspace_mib": -1}, "blas_workspace_mib=-1"),
+        ({"tflops": float("nan")}, "tflops=nan"),
+        ({"tflops": 0}, "tflops=0"),
+        ({"bandwidth_gbs": -300}, "bandwidth_gbs=-300"),
+        ({"host_link_gbs": float("inf")}, "host_link_gbs=inf"),
+        ({"launch_us": "8"}, "launch_us='8'"),
     ],
 )
 def test_a_card_that_cannot_be(fields, message):
@@ -103,6 +145,10 @@ def test_how_a_card_reads():
     assert "fp16: compute capability 7.5" in text
     assert "memory-efficient, math" in text
     assert "not tried" in str(T4_BY_HAND)
+    known = str(Card.known("T4"))
+    assert "24 TFLOP/s" in known
+    assert "15 microseconds" in known
+    assert "figures from" in known
     assert "<b>" not in Card(name="<b>", capability=None)._repr_html_()
 
 
@@ -120,13 +166,17 @@ def test_a_t4_by_torch_alone():
     card = present(FakeTorch())
     assert (card.name, card.capability, card.dtype) == ("Tesla T4", (7, 5), "fp16")
     assert card.vram_gib == pytest.approx(14910 / 1024)
-    assert card.free_gib == pytest.approx(14700 / 1024)
+    assert card.free_gib == pytest.approx(14700 / 1024 - LATER)
     assert card.attention_gqa == ("math",)
+
+
+def test_no_less_than_nothing_is_free():
+    assert present(FakeTorch(free=10)).free_gib == 0
 
 
 def test_torchs_own_cache_counts_as_free():
     card = present(FakeTorch(free=9000, reserved=3000, allocated=1000))
-    assert card.free_gib == pytest.approx(11000 / 1024)
+    assert card.free_gib == pytest.approx(11000 / 1024 - LATER)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +191,7 @@ def test_torchs_own_cache_counts_as_free():
     ],
 )
 def test_free_memory_is_the_smaller_of_driver_and_nvml(seen, free):
-    assert present(FakeTorch(), FakeNvml(seen)).free_gib == pytest.approx(free / 1024)
+    assert present(FakeTorch(), FakeNvml(seen)).free_gib == pytest.approx(free / 1024 - LATER)
 
 
 def test_nvml_without_version_2_of_its_memory_call():
@@ -182,13 +232,13 @@ def test_why_torch_has_no_gpu(torch, visible, why, monkeypatch):
 def test_nvml_is_asked_for_torchs_gpu_and_never_by_number():
     other = t4(name="Quadro", uuid="GPU-other", pci="00000000:00:03.0", free=100)
     nvml = FakeNvml(other, t4(free=9000))  # CUDA_VISIBLE_DEVICES=1: torch's number 0 is NVML's number 1
-    assert present(FakeTorch(), nvml).free_gib == pytest.approx(9000 / 1024)
+    assert present(FakeTorch(), nvml).free_gib == pytest.approx(9000 / 1024 - LATER)
     assert "nvmlDeviceGetHandleByIndex" not in nvml.asked
 
 
 def test_a_slice_of_a_gpu_is_found_under_its_own_kind_of_uuid():
     mig = t4(uuid=f"MIG-{t4()['uuid'].removeprefix('GPU-')}", total=10000, free=5000)
-    assert present(FakeTorch(total=9900, free=9800), FakeNvml(mig)).free_gib == pytest.approx(5000 / 1024)
+    assert present(FakeTorch(total=9900, free=9800), FakeNvml(mig)).free_gib == pytest.approx(5000 / 1024 - LATER)
 
 
 @pytest.mark.parametrize("uuid", [None, "GPU-unknown-to-nvml"])
@@ -214,6 +264,36 @@ def test_nvml_that_is_not_installed_says_what_to_install(monkeypatch):
     views._real_nvml.cache_clear()
     assert module is None
     assert "pip install nvidia-ml-py" in why
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environ", "found"),
+    [
+        ([], {}, None),
+        ([0], {}, 0),
+        ([0], {"CUDA_VISIBLE_DEVICES": "0"}, 0),
+        ([0], {"CUDA_VISIBLE_DEVICES": "GPU-0"}, 0),
+        ([0], {"CUDA_VISIBLE_DEVICES": "GPU-1"}, None),
+        ([0], {"CUDA_VISIBLE_DEVICES": "1"}, None),
+        ([0], {"CUDA_VISIBLE_DEVICES": ""}, None),
+        ([0], {"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ([0], {"CUDA_VISIBLE_DEVICES": "MIG-0"}, None),
+        ([0], {"CUDA_VISIBLE_DEVICES": "0,0"}, None),
+        ([0, 1], {}, None),
+        ([0, 1], {"CUDA_VISIBLE_DEVICES": "1"}, None),  # torch counts the fastest first
+        ([0, 1], {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, 1),
+        ([0, 1], {"CUDA_VISIBLE_DEVICES": "GPU-1"}, 1),
+        ([0, 1], {"CUDA_VISIBLE_DEVICES": "GPU-"}, None),
+    ],
+)
+def test_the_one_gpu_that_a_process_would_see(gpus, environ, found):
+    gpus = [t4(uuid=f"GPU-{number}") for number in gpus]
+    assert views.only_gpu(FakeNvml(*gpus), environ) is (None if found is None else gpus[found])
+
+
+def test_a_gpu_in_slices_is_not_the_one_gpu():
+    assert views.only_gpu(FakeNvml(t4(mig=[1, 1])), {}) is None
+    assert views.only_gpu(FakeNvml(t4(), refuses=["nvmlDeviceGetMigMode"]), {})["name"] == "Tesla T4"
 
 
 def test_the_real_nvml_never_raises():

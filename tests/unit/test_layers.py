@@ -88,7 +88,7 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"setup"},
     {"recipe"},
     {"nvml"},
-    {"card", "cards", "pretend", "trials", "machine"},
+    {"card", "cards", "measured", "pretend", "trials", "machine"},
     {"layout", "hub"},
     {"architecture"},
     {"planner", "data", "gpu_check"},
