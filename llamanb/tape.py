@@ -126,6 +126,7 @@ class _Writer:
         self.e = BYTES[work.dtype]
         self.stream = 4 if work.full else self.e  # bytes of a number between layers
         self.half = self.e == 2
+        self.shared = self.stream == 4  # norms compute on their input itself, not on an fp32 copy, and keep that
         self.targets = () if work.full else work.targets
         self.sides = {name: model.linear(name) for name in LINEAR_LAYERS}
         self.masked = work.padded and work.rows > 1
@@ -211,12 +212,13 @@ class _Writer:
                 self.keep(before)
             elif kind == OFFLOADED:
                 kept = None
-            if before is not embedded and kept is not before and not (kind == STORED and not self.half):
+            if before is not embedded and kept is not before and not (kind == STORED and self.shared):
                 free(before)
             saved.append(kept)
         y, final = self.norm(x, save=True)
-        self._release(x)
-        if layers[0] in (STORED, OFFLOADED) and self.half:
+        if not self.shared:
+            free(x)
+        if layers[0] == OFFLOADED or (layers[0] == STORED and not work.full):
             free(embedded)
         hidden = self.loss(y)
         for slot in self.casts:
@@ -231,8 +233,13 @@ class _Writer:
             self.casts = []
             _, kept = self.layer(x, save=True, first=i == 0, recompute=True)
             gradient = self.layer_backward(i, gradient, kept)
-            if self.half:
+            if not self.shared or (i == 0 and not work.full):
                 free(x)
+        if work.full:
+            embedding = new(4 * work.model.embedding_parameters, GRADIENTS)
+            if work.model.tied:
+                free(embedding)
+            self._gradient("embedding", self.tied_gradient if work.model.tied else embedding)
         free(gradient, mask, *angles, *self.pinned)
         self.pinned = []
 
@@ -247,16 +254,24 @@ class _Writer:
         new, free, N = self.new, self.free, self.tokens
         kept: dict = {"mask": None}
         y, kept["norm1"] = self.norm(x, save and not (first and not self.work.full))
-        q, k, v = (self.linear(name, y, kept, save) for name in ("q_proj", "k_proj", "v_proj"))
+        leaf = first and not self.work.full
+        q, k, v = (self.linear(name, y, kept, save, leaf=leaf) for name in ("q_proj", "k_proj", "v_proj"))
         q, k = self.rope(q, "q_proj"), self.rope(k, "k_proj")
+        turned = (q, k) if self.stream != self.e else ()  # autocast narrows them for attention
+        if turned:
+            q, k = (new(self.e * N * self.sides[name][1]) for name in ("q_proj", "k_proj"))
         self.pins = self.work.quantization == "int8" and not recompute
         attended = self.attention(q, k, v, kept, save)
         o = self.linear("o_proj", attended, kept, save)
-        if self.pins:
+        free(*turned)
+        if self.pins and self.work.kernel != "math":
             self.pinned.append(attended)
-        if not save:
+        if self.work.kernel == "math":
+            free(q, k, v)
+            kept["attended"] = self._held(attended, ("o_proj",), save)
+        elif not save:
             free(None if self.pins else attended, q, k, v)
-        elif self.expanded or self.work.kernel == "math":
+        elif self.expanded:
             free(k, v)
         kept["y1"] = self._held(y, ("q_proj", "k_proj", "v_proj"), save)
         h = new(self.stream * N * self.hidden)
@@ -275,19 +290,17 @@ class _Writer:
             free(activated, up)
         if recompute and "down_proj" not in self.targets and not self.work.full:
             kept |= {"product": None, "y2": self._held(y, ("gate_proj", "up_proj"), save)}
-            free(product)
-            self._release(h)
+            free(product, None if self.shared else h)
             return None, kept
         down = self.linear("down_proj", product, kept, save, stop=recompute)
         kept["product"] = self._held(product, ("down_proj",), save)
         kept["y2"] = self._held(y, ("gate_proj", "up_proj"), save)
         if recompute:
-            self._release(h)
+            free(None if self.shared else h)
             return None, kept
         out = new(self.stream * N * self.hidden)
         free(down)
-        if not (save and not self.half):
-            self._release(h)
+        free(None if save and self.shared else h)
         return out, kept
 
     def _held(self, y: int, readers: tuple[str, ...], save: bool) -> int | None:
@@ -303,15 +316,10 @@ class _Writer:
         self.free(y)
         return None
 
-    def _release(self, x: int) -> None:
-        """Frees a layer's input unless its norm computes in fp32 on the very tensor and keeps it."""
-        if self.half and not self.work.full:
-            self.free(x)
-
     def norm(self, x: int, save: bool) -> tuple[int, tuple]:
         """LlamaRMSNorm: in fp32, on a copy where the stream is narrower."""
         new, free, n = self.new, self.free, self.tokens * self.hidden
-        copied = self.stream == 2
+        copied = not self.shared
         wide = new(4 * n) if copied else None
         square = new(4 * n)
         variance = new(4 * self.tokens)
@@ -355,7 +363,9 @@ class _Writer:
         free(out)
         return residual
 
-    def linear(self, name: str, x: int, kept: dict, save: bool, stop: bool = False) -> int | None:
+    def linear(
+        self, name: str, x: int, kept: dict, save: bool, stop: bool = False, leaf: bool = False
+    ) -> int | None:
         """A linear layer with its adapter, as peft's forward makes it."""
         new, free, N, e = self.new, self.free, self.tokens, self.e
         inputs, outputs = self.sides[name]
@@ -391,6 +401,9 @@ class _Writer:
         if self.work.dropout:
             mask = new(N * inputs)
             dropped = new(e * N * inputs)
+            if leaf:  # no gradient goes back through it
+                free(mask)
+                mask = None
         cast_a = new(e * self.work.rank * inputs) if self.half else None
         own = new(e * N * inputs) if widened is not None else None
         low = new(e * N * self.work.rank)
@@ -573,11 +586,7 @@ class _Writer:
         queries, heads = self.sides["q_proj"][1], work.model.heads
         scores = work.rows * work.length**2
         if work.kernel == "math":
-            return self._math_attention(q, k, v, kept, save)
-        if self.stream != e:  # autocast narrows them
-            narrow = [new(e * N * queries), new(e * N * self.sides["k_proj"][1])]
-            free(q, k)
-            q, k = narrow
+            return self._math_attention(kept, save)
         expanded = [new(e * N * queries) for _ in range(2)] if self.expanded else []
         mask = new(e * scores) if self.masked else None
         out = new(e * N * queries)
@@ -616,49 +625,61 @@ class _Writer:
             k = reduced
         return q, k, v
 
-    def _math_attention(self, q: int, k: int, v: int, kept: dict, save: bool) -> int:
+    def _math_attention(self, kept: dict, save: bool) -> int:
         """The math kernel: in fp32, with every score."""
         new, free, work, N = self.new, self.free, self.work, self.tokens
         queries, keys = self.sides["q_proj"][1], self.sides["k_proj"][1]
-        scores = 4 * work.rows * work.model.heads * work.length**2
-        wide_q = new(4 * N * queries)
-        narrow = [new(4 * N * keys) for _ in range(2)]
-        repeated = [new(4 * N * queries) for _ in range(4)]
-        raw, weights = new(scores), None
-        weights = new(scores)
-        free(raw)
-        dropped = new(scores)
+        scores = work.rows * work.model.heads * work.length**2
+        narrow = [new(4 * N * queries), new(4 * N * keys), new(4 * N * keys), new(4 * N * queries)]
+        causal = new(4 * work.length**2)
+        passing = new(4 * N * queries)
+        held = [new(4 * N * queries) for _ in range(3)]
+        raw, weights = new(4 * scores), new(4 * scores)
+        free(new(scores), raw)
+        copy = new(self.e * scores)
         out32 = new(4 * N * queries)
         out = new(self.e * N * queries)
-        free(out32, *narrow, wide_q, repeated[0])
-        held = (repeated[1], repeated[2], repeated[3], weights, dropped)
+        free(out32, passing, narrow[3], causal, *narrow[2::-1], copy)
+        attended = new(self.e * N * queries)
+        free(out)
         if save:
-            free(held[4])
-            self.keep(*held[:4], out)
-            kept["attention"] = (*held[:4], q, out)
+            self.keep(weights, *held)
+            kept["attention"] = (*held, weights)
         else:
-            free(*held)
-        return out
+            free(*held, weights)
+        return attended
 
     def _math_backward(self, gradient: int, kept: dict) -> tuple[int, int, int]:
         new, free, work, e, N = self.new, self.free, self.work, self.e, self.tokens
         queries, keys = self.sides["q_proj"][1], self.sides["k_proj"][1]
         scores = 4 * work.rows * work.model.heads * work.length**2
-        values, queries32, keys32, weights, q, out = kept["attention"]
+        one, two, three, weights = kept["attention"]
         wide = new(4 * N * queries)
         free(gradient)
+        scaled = new(4 * N * queries)
+        free(wide)
         gradient_v = new(4 * N * queries)
         first = new(scores)
-        free(wide, values)
+        free(scaled, one)
         second, third = new(scores), new(scores)
         free(third, first, weights)
-        gradient_q, gradient_k = (new(4 * N * queries) for _ in range(2))
-        free(second, queries32, keys32, q, out)
-        k, v = new(e * N * keys), new(e * N * keys)
-        free(gradient_k, gradient_v)
-        narrow = new(e * N * queries)
+        gradient_q, gradient_k = new(4 * N * queries), new(4 * N * queries)
+        free(second, two, three)
+        turned = new(4 * N * queries)
         free(gradient_q)
-        return narrow, k, v
+        summed = [new(4 * N * keys)]
+        free(gradient_v)
+        summed.append(new(4 * N * keys))
+        free(turned)
+        wide_q = new(4 * N * queries)
+        free(gradient_k)
+        v = new(e * N * keys)
+        free(summed[0])
+        k = new(e * N * keys)
+        free(summed[1])
+        q = new(e * N * queries)
+        free(wide_q)
+        return q, k, v
 
     def layer_backward(self, i: int, gradient: int, kept: dict) -> int:
         """Returns the gradient of the layer's input; the residual's is added in place."""
@@ -675,7 +696,7 @@ class _Writer:
         acc = self.linear_backward(i, "gate_proj", gate, kept, acc, kept["y2"])
         free(gate)
         gradient = self.norm_backward(acc, kept["norm2"], gradient)
-        attended = self.linear_backward(i, "o_proj", gradient, kept, None, None)
+        attended = self.linear_backward(i, "o_proj", gradient, kept, None, kept.get("attended"))
         q, k, v = self.attention_backward(attended, kept)
         k, q = self.rope_backward(k, "k_proj"), self.rope_backward(q, "q_proj")
         leaf = i == 0 and not self.work.full
@@ -694,8 +715,15 @@ class _Writer:
         """trl's fused head: the trained tokens' hidden states, and their logits tile by tile."""
         hidden = self.new(self.stream * self._trained * self.hidden, LOSS)
         tile = self.new(self._tile, LOSS)
-        self.free(tile, y)
+        self.free(*[self.new(size, LOSS) for size in self._head_casts], tile, y)
         return hidden
+
+    @property
+    def _head_casts(self) -> tuple[int, ...]:
+        """A trained head is fp32, and cast tile by tile."""
+        if not self.work.full or not self.half:
+            return ()
+        return (self.e * min(LOSS_COLUMNS, self.work.model.vocabulary) * self.hidden,)
 
     @property
     def _trained(self) -> int:
@@ -716,18 +744,15 @@ class _Writer:
             narrow = new(2 * size, LOSS)
             free(gradient)
             gradient = narrow
-        if head is not None:
-            columns = min(LOSS_COLUMNS, model.vocabulary)
-            free(new(4 * columns * self.hidden, LOSS), new(4 * columns * self.hidden, LOSS))
-        free(tile, hidden)
+        free(*[new(cast, LOSS) for cast in 2 * self._head_casts], tile, hidden)
         spread = new(self.stream * size, LOSS)
         free(gradient)
         out = new(self.stream * self.tokens * self.hidden, LOSS)
         free(spread)
-        if head is not None:
+        if head is not None and model.tied:
+            self.tied_gradient = head  # waits for the embedding's
+        elif head is not None:
             self._gradient("head", head)
-            if not model.tied:
-                self._gradient("embedding", new(4 * model.embedding_parameters))
         return out
 
     def optimizer_step(self) -> None:
