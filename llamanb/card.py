@@ -210,7 +210,7 @@ class Card:
 
     @classmethod
     def measure(cls, save: bool = True) -> Card:
-        """This machine's card, measured: context, kernels that run, speeds. Two or three seconds, 1.2 GiB at most.
+        """This machine's card, measured: context, kernels that run, speeds. About four seconds, 0.6 GiB.
 
         Args:
             save: keep it in the user's cache folder, for `here`.

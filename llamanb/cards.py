@@ -11,7 +11,9 @@ A row holds what NVIDIA publishes and, beside it, what was measured or is an est
 * context_gib: measured on a T4 and an H200 only. Others are estimates between the two, by generation and size.
 * tflops: the published dense rate in 16 bits with 32-bit accumulation (GeForce: half of the rate that accumulates in
   16), times the sustained part: SUSTAINED where nobody measured.
-* host_link_gbs: 80 % of the PCIe link's nominal rate. launch_us: estimates for the machines such cards stand in.
+* bandwidth_gbs: published; copies reached 0.84 of it on an H200.
+* host_link_gbs: 80 % of the PCIe link's nominal rate (an H200 reached 87). launch_us: estimates for the machines that
+  such cards stand in (5.8 measured beside an H200).
 * attention: FlashAttention and cuDNN's kernel run on 8.0 to 12.1 (aten/src/ATen/native/transformers/cuda/
   sdp_utils.cpp), both with grouped heads (tried on an H200); the memory-efficient one runs on all, never with them.
 """
@@ -27,8 +29,12 @@ from llamanb.errors import GpuError
 from llamanb.html import Table
 
 SUSTAINED = 0.80
-"""Part of the published matrix rate that lasts: 790 of 989 TFLOP/s measured on an H200. Stas Bekman's ml-engineering
-(compute/accelerator) measured 0.80 on an H100, 0.87 on an A100 SXM and 0.81 on an A100 PCIe."""
+"""Part of the published matrix rate that lasts, an estimate where nobody measured: CUDA-Learn-Notes has 0.88 to 0.96
+on an L20, Stas Bekman's ml-engineering (compute/accelerator) 0.87 on an A100 SXM and 0.81 on a PCIe one, best of
+shapes."""
+HOPPER_SUSTAINED = 0.69
+"""683 of 989 TFLOP/s, by `Card.measure` on an H200 at 700 W: bf16, 8192 × 8192 matrices of normal random numbers. What
+is in them matters there: Llama's shapes gave 640 to 710 with normal numbers, 780 to 830 with zeros."""
 PCIE_X16_GBS = {3: 12.6, 4: 25.2, 5: 50.4}
 """80 % of 15.75 GB/s and its doubles: what copies from pinned memory reach."""
 DESKTOP_US, CLOUD_US = 8.0, 15.0
@@ -108,10 +114,38 @@ ROWS = {
         sustained=0.87,
     ),
     "H100": Row(
-        (9, 0), 80, 79.10, 0.73, 989, 3350, 5, "datasheet, SXM; context as an H200's; memory: NVML's less 0.55"
+        (9, 0),
+        80,
+        79.10,
+        0.73,
+        989,
+        3350,
+        5,
+        "datasheet, SXM; context and sustained part as an H200's; memory: NVML's less 0.55",
+        sustained=HOPPER_SUSTAINED,
     ),
-    "H100 PCIe": Row((9, 0), 80, 79.10, 0.73, 756, 2000, 5, "datasheet, not confirmed here; else as the SXM one"),
-    "H200": Row((9, 0), 141, 139.80, 0.73, 989, 4800, 5, "datasheet; rate, context and memory measured"),
+    "H100 PCIe": Row(
+        (9, 0),
+        80,
+        79.10,
+        0.73,
+        756,
+        2000,
+        5,
+        "datasheet, not confirmed here; else as the SXM one",
+        sustained=HOPPER_SUSTAINED,
+    ),
+    "H200": Row(
+        (9, 0),
+        141,
+        139.80,
+        0.73,
+        989,
+        4800,
+        5,
+        "datasheet; memory, context and rate measured",
+        sustained=HOPPER_SUSTAINED,
+    ),
 }
 
 _FUSED = ("flash", "cudnn", "memory-efficient", "math")

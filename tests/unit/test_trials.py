@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamanb.trials import DTYPES, KERNELS, Attention, refusal, try_precisions, working_attention
+from llamanb.trials import DTYPES, KERNELS, Attention, Rates, measure_rates, refusal, try_precisions, working_attention
 
 torch = pytest.importorskip("torch")
 
@@ -86,6 +86,45 @@ def test_precisions_are_tried_and_errors_kept():
     assert set(try_precisions("cpu", size=64)) == set(DTYPES)
     if not torch.cuda.is_available():
         assert all(isinstance(error, str) for error in try_precisions("cuda", size=64).values())
+
+
+@pytest.fixture
+def cpu_as_gpu(monkeypatch):
+    """Lets the rates be measured on the CPU; returns the sizes in bytes of what was allocated."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    sizes = []
+
+    def recorded(make):
+        def call(*args, pin_memory=False, **options):
+            made = make(*args, **options)
+            sizes.append(made.numel() * made.element_size())
+            return made
+
+        return call
+
+    for name in ("randn", "zeros", "empty_like"):
+        monkeypatch.setattr(torch, name, recorded(getattr(torch, name)))
+    return sizes
+
+
+def test_rates_are_measured_in_little_memory_where_little_is_free(cpu_as_gpu):
+    rates = measure_rates("bf16", "cpu", free_gib=0.01, seconds=0.01)
+    assert min(rates.tflops, rates.bandwidth_gbs, rates.host_link_gbs, rates.launch_us) > 0
+    assert sum(cpu_as_gpu[:3]) <= 0.01 * 2**30 / 4
+    assert sum(cpu_as_gpu[3:5]) <= 0.01 * 2**30 / 4
+
+
+def test_a_rate_that_cannot_be_measured_is_none(cpu_as_gpu, monkeypatch):
+    def no_room(*args, **options):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "mm", no_room)
+    rates = measure_rates("fp16", "cpu", free_gib=0.01, seconds=0.01)
+    assert rates.tflops is None
+    assert rates.bandwidth_gbs > 0
+    monkeypatch.setattr(torch, "zeros", no_room)
+    assert measure_rates("fp16", "cpu", free_gib=0.01, seconds=0.01) == Rates(None, None, None, None)
 
 
 def test_how_trials_read():
