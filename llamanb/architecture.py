@@ -17,6 +17,7 @@ from typing import Any
 
 from llamanb import tiny
 from llamanb.errors import ModelError
+from llamanb.recipe import Recipe
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a decoder layer, in the order in which they are computed."""
@@ -156,6 +157,17 @@ def from_config(fields: Mapping[str, Any], name: str) -> Architecture:
         max_positions=number("max_position_embeddings", 2048),
         quantization=_quantization(fields.get("quantization_config"), name),
     )
+
+
+def require_method(model: Architecture, recipe: Recipe) -> None:
+    """Raises ModelError where a checkpoint is quantized already, and otherwise than the recipe's method asks."""
+    if model.quantization is not None and model.quantization != recipe.quantization:
+        raise ModelError(
+            f"{model.name} is already quantized ({model.quantization}), and method = {recipe.method!r} asks for "
+            "something else",
+            "quantized weights cannot be turned into other ones without loss",
+            f"method = 'qlora-{model.quantization}', or the 16-bit checkpoint it was made from",
+        )
 
 
 def _quantization(config: Any, name: str) -> str | None:

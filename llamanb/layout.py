@@ -1,4 +1,5 @@
-"""Plan: how a recipe runs on a card. Plain data with the reason for each choice; `planner.py` makes it."""
+"""Plan: how a recipe runs on a card, and what that is predicted to take. Plain data with the reason for each choice;
+`planner.py` makes it, `rehearsal.py` corrects it."""
 
 from __future__ import annotations
 
@@ -7,11 +8,32 @@ import json
 from dataclasses import dataclass
 
 from llamanb.card import Card
-from llamanb.html import Table
+from llamanb.html import Bar, Table, join
+from llamanb.memory import Memory
 from llamanb.recipe import Recipe
+from llamanb.speed import StepTime
+from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED
 
+GIB = 2**30
 EXPANDED_ATTENTION = "llamanb_expanded"
 """Name under which `model.attention` registers attention with a key and value head for every query head."""
+LAYER_WORDS = {
+    STORED: "kept for the backward pass",
+    CHECKPOINTED: "recomputed in the backward pass",
+    OFFLOADED: "recomputed, their inputs waiting in host memory",
+}
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A layout that was looked at and not taken."""
+
+    micro_batch_size: int
+    recomputed: int
+    """Layers whose activations are not kept."""
+    needs_gib: float
+    step_s: float | None
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -26,35 +48,116 @@ class Plan:
     """Rows computed at once."""
     accumulation: int
     """Micro-batches summed up into one optimizer step; times `micro_batch_size` it is the effective batch."""
-    checkpoint_layers: bool
-    """Whether every decoder layer's activations are recomputed in the backward pass instead of kept."""
+    layers: tuple[str, ...]
+    """What becomes of each decoder layer's activations: `stored`, `checkpointed` or `offloaded`, the first layer first.
+    Empty on a CPU that keeps all of them."""
     attention: str
     """transformers' name of the attention: `sdpa`, or EXPANDED_ATTENTION."""
+    kernel: str
+    """Kernel of attention that is planned for (tape.KERNELS); empty on a CPU."""
     optimizer: str
     """transformers' name of the optimizer."""
     reasons: dict[str, str]
     """Why, by field name."""
+    memory: Memory | None = None
+    """Predicted; None on a CPU, whose memory nothing is planned for."""
+    time: StepTime | None = None
+    """Predicted; None where the card's speed is not known."""
+    alternatives: tuple[Alternative, ...] = ()
+    steps: int | None = None
+    """Optimizer steps of the run; None where the rows are not counted yet."""
+    basis: str = ""
+    """What the predictions rest on, in words."""
+
+    @property
+    def recomputed(self) -> int:
+        """Layers whose activations are not kept."""
+        return sum(kind != STORED for kind in self.layers)
+
+    @property
+    def needs_gib(self) -> float | None:
+        """What torch will reserve."""
+        return self.memory.reserved / GIB if self.memory else None
+
+    @property
+    def step_s(self) -> float | None:
+        return self.time.step_s if self.time else None
 
     def table(self) -> Table:
-        layers = "recomputed in the backward pass" if self.checkpoint_layers else "kept"
+        """The choices, and why."""
         batch = f"{self.accumulation} × {self.micro_batch_size} rows of up to {self.recipe.max_length} tokens"
         chosen = [
             ("arithmetic", self.dtype, "dtype"),
             ("optimizer step", batch, "micro_batch_size"),
-            ("activations", layers, "checkpoint_layers"),
-            ("attention", self.attention, "attention"),
+            ("activations", self._layout(), "layers"),
+            ("attention", f"{self.attention}, {self.kernel} kernel" if self.kernel else self.attention, "attention"),
             ("optimizer", self.optimizer, "optimizer"),
         ]
+        rows = [(a, b, self.reasons.get(name, "")) for a, b, name in chosen]
+        if self.memory:
+            room = f"{self.needs_gib:.2f} of {self.card.free_gib:.2f} GiB"
+            peak = f"at most {self.memory.allocated / GIB:.2f} GiB in tensors, at this instant: {self.memory.instant}"
+            rows.append(("memory", room, peak))
+        if self.time:
+            rows.append(("time", f"{_duration(self.step_s)} a step", self._run_time()))
+        if self.basis:
+            rows.append(("predicted from", self.basis, ""))
         caption = f"{self.recipe.model}, {self.recipe.method}, on {self.card.name}"
-        return Table(["plan", "", "why"], [(a, b, self.reasons.get(name, "")) for a, b, name in chosen], caption)
+        return Table(["plan", "", "why"], rows, caption)
+
+    def bar(self) -> Bar | None:
+        """Memory at the peak by bucket, against what the card has."""
+        if not self.memory:
+            return None
+        parts = {name: size / GIB for name, size in self.memory.buckets.items() if size}
+        parts["fragmentation"] = self.memory.gaps / GIB
+        if self.card.context_gib:
+            parts["CUDA context"] = self.card.context_gib
+        limit = self.card.free_gib + (self.card.context_gib or 0)
+        return Bar(parts, limit, "GiB", f"memory at the peak ({self.memory.instant}), of {limit:.2f} GiB")
+
+    def others(self) -> Table | None:
+        """The layouts that were looked at and not taken."""
+        if not self.alternatives:
+            return None
+        rows = [
+            [a.micro_batch_size, a.recomputed, f"{a.needs_gib:.2f}", _duration(a.step_s) if a.step_s else "", a.verdict]
+            for a in self.alternatives
+        ]
+        return Table(["micro-batch", "layers recomputed", "GiB", "a step", "not taken because"], rows, "alternatives")
+
+    def _layout(self) -> str:
+        counts = {kind: self.layers.count(kind) for kind in (STORED, CHECKPOINTED, OFFLOADED) if kind in self.layers}
+        if len(counts) < 2:
+            return LAYER_WORDS[next(iter(counts), STORED)]
+        return "; ".join(f"{count} layers {LAYER_WORDS[kind]}" for kind, count in counts.items())
+
+    def _run_time(self) -> str:
+        recipe = self.recipe
+        if self.steps:
+            total = self.steps * self.step_s
+            text = f"{_duration(total)} for {self.steps} steps"
+        else:
+            text = (
+                f"{_duration(1000 / recipe.effective_batch_size * self.step_s)} for 1,000 rows of {recipe.max_length}"
+            )
+            total = 0.0
+        if recipe.stop_after_min and total > 60 * recipe.stop_after_min:
+            share = 60 * recipe.stop_after_min / total
+            text += f"; stop_after_min = {recipe.stop_after_min:g} ends it at about {share:.0%}"
+        return text
 
     def __str__(self) -> str:
-        return str(self.table())
+        return "\n\n".join(str(part) for part in (self.table(), self.bar(), self.others()) if part)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
+        return join(self.table(), self.bar(), self.others())
+
+    def replace(self, **changes) -> Plan:
+        """The same plan with some fields changed; the predictions stay as they are."""
+        return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -62,4 +165,19 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         fields = json.loads(text)
-        return cls(**{**fields, "recipe": Recipe.from_dict(fields["recipe"]), "card": Card(**fields["card"])})
+        fields["recipe"] = Recipe.from_dict(fields["recipe"])
+        fields["card"] = Card(**fields["card"])
+        fields["layers"] = tuple(fields["layers"])
+        fields["alternatives"] = tuple(Alternative(**one) for one in fields["alternatives"])
+        for name, kind in (("memory", Memory), ("time", StepTime)):
+            fields[name] = fields[name] and kind(**fields[name])
+        return cls(**fields)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the unit a person would use."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"

@@ -1,67 +1,307 @@
-"""`plan`: chooses how a recipe runs on a card, and says why."""
+"""`plan`: the fastest layout of a recipe that fits a card, found by predicting memory and time. Needs no torch.
+
+A step costs least where few layers are recomputed, and many small micro-batches cost little more than one large one:
+so for each micro-batch the fewest recomputed layers that fit are looked for, and the fastest of these is taken.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import math
+from dataclasses import dataclass
+
+from llamanb.architecture import Architecture, architecture, require_method
 from llamanb.card import Card
-from llamanb.layout import EXPANDED_ATTENTION, Plan
+from llamanb.errors import LlamanbError, RecipeError
+from llamanb.html import Table
+from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
+from llamanb.memory import Memory, gaps, outline, predict
 from llamanb.recipe import Recipe
+from llamanb.speed import StepTime, step_time
+from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 
-TOKENS_AT_ONCE = 2048
-"""Tokens per micro-batch on a GPU: with every layer checkpointed, 8B in nf4 peaked at 6.6 GiB with 4 × 512 of them
-(benchmarks/results/gpu_tests.md)."""
+MEASURED_WITH = {
+    "torch": "2.11.0",
+    "transformers": "5.23.0",
+    "trl": "1.16.0",
+    "peft": "0.21.2",
+    "bitsandbytes": "0.50.2",
+}
+"""What the tape and the allocator were held against (benchmarks/results/memory.md)."""
+MARGIN, MARGIN_ELSEWHERE, MARGIN_REHEARSED = 0.04, 0.10, 0.02
+"""Share of the card left free: with these versions, with others, and after a rehearsal."""
+GAPS_GUESS, GAPS_LEAST = 0.02, 96 * 2**20
+"""Share of the allocated memory, and bytes, taken for gaps while searching; the layout chosen is replayed."""
+MOST_TOKENS = 65536
+"""Tokens of the largest micro-batch that is looked at."""
+CPU_TOKENS = 2048
+"""Tokens of a micro-batch on a CPU."""
 
 
-def plan(recipe: Recipe, card: Card | None = None) -> Plan:
-    """How `recipe` runs on `card` (None: the GPU or CPU of this machine).
+class DoesNotFitError(LlamanbError):
+    """No layout of the recipe fits the card. `changes` says what would, `plan` is what was closest."""
 
-    Raises GpuError where the card cannot compute what the recipe asks for.
+    def __init__(self, what: str, why: str, fix: str, plan: Plan, changes: Table):
+        super().__init__(what, why, fix)
+        self.plan, self.changes = plan, changes
+
+    def _render_traceback_(self) -> list[str]:
+        return [*super()._render_traceback_(), "", *str(self.changes).splitlines()]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    work: Workload
+    memory: Memory
+    time: StepTime | None
+
+    @property
+    def recomputed(self) -> int:
+        return sum(kind != STORED for kind in self.work.layers)
+
+
+def plan(recipe: Recipe, card: Card | str | None = None, data=None, *, force: bool = False) -> Plan:
+    """How `recipe` runs on `card`, with what it takes.
+
+    Args:
+        recipe: what to train.
+        card: a Card, the name of a known one ("T4"), or None: the GPU or CPU of this machine.
+        data: what `load_data(recipe)` gave; the plan is then made for its longest row and counts its steps.
+        force: return the plan that comes closest where none is predicted to fit.
+
+    Raises:
+        DoesNotFitError: with the smallest changes that would fit.
+        GpuError: the card is not known, or cannot compute what the recipe asks for.
+        RecipeError: rows longer than the model's positions.
+        ModelError: no such model, or one that is no Llama.
     """
-    card = card or Card.present()
+    card = Card.known(card) if isinstance(card, str) else card or Card.here()
+    if not card.is_gpu:
+        return _plan_on_cpu(recipe, card, data)
+    model = architecture(recipe.model, recipe.revision)
+    require_method(model, recipe)
+    return search(recipe, card, model, data=data, force=force)
+
+
+def search(
+    recipe: Recipe, card: Card, model: Architecture, *, data=None, force: bool = False, margin: float | None = None
+) -> Plan:
+    """`plan` for a model whose shape is known; `margin` is the share of the card to leave free."""
     dtype, why_dtype = card.choose_precision(recipe.precision)
-    micro, why_micro = _micro_batch(recipe)
-    attention, why_attention = _attention(card, dtype)
+    length = max((len(row.input_ids) for row in data.train), default=8) if data else recipe.max_length
+    if length > model.max_positions:
+        raise RecipeError(
+            f"max_length = {recipe.max_length}", f"{model.name} has {model.max_positions} positions", "set it lower"
+        )
+    attention, kernel, why_attention = _attention(card, dtype)
     optimizer, why_optimizer = _optimizer(recipe, card)
-    checkpoint = card.is_gpu if recipe.checkpointing == "auto" else recipe.checkpointing == "all"
-    why_checkpoint = "as asked"
-    if recipe.checkpointing == "auto":
-        why_checkpoint = "saves most of a GPU's memory" if card.is_gpu else "a CPU has the memory, and saves the time"
-    return Plan(
+    base = workload(recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=length)
+    margin = MARGIN if margin is None and _as_measured() else MARGIN_ELSEWHERE if margin is None else margin
+    limit = card.free_gib * GIB * (1 - margin)
+
+    best, others = _fastest(recipe, card, base, limit)
+    fits = best.memory.reserved <= limit
+    rows = best.work.rows
+    made = Plan(
         recipe=recipe,
         card=card,
         dtype=dtype,
-        micro_batch_size=micro,
-        accumulation=recipe.effective_batch_size // micro,
-        checkpoint_layers=checkpoint,
+        micro_batch_size=rows,
+        accumulation=recipe.effective_batch_size // rows,
+        layers=best.work.layers,
         attention=attention,
+        kernel=kernel,
         optimizer=optimizer,
         reasons={
             "dtype": why_dtype,
-            "micro_batch_size": why_micro,
-            "checkpoint_layers": why_checkpoint,
+            "micro_batch_size": "as asked" if recipe.micro_batch_size else _why_rows(best, others),
+            "layers": _why_layers(recipe, best, limit) if fits else "nothing fits",
             "attention": why_attention,
             "optimizer": why_optimizer,
         },
+        memory=best.memory,
+        time=best.time,
+        alternatives=tuple(_alternative(one, best, limit) for one in others),
+        steps=_steps(recipe, data),
+        basis=_basis(recipe),
+    )
+    if not fits and not force:
+        from llamanb.advice import does_not_fit
+
+        raise does_not_fit(made, model, limit)
+    return made
+
+
+def smallest_fits(recipe: Recipe, card: Card, model: Architecture) -> bool:
+    """Whether one row at a time fits with every layer recomputed; a quick answer, gaps guessed."""
+    dtype, _ = card.choose_precision(recipe.precision)
+    _, kernel, _ = _attention(card, dtype)
+    optimizer, _ = _optimizer(recipe, card)
+    work = workload(recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length)
+    margin = MARGIN if _as_measured() else MARGIN_ELSEWHERE
+    return _guess(work).reserved <= card.free_gib * GIB * (1 - margin)
+
+
+def workload(
+    recipe: Recipe,
+    card: Card,
+    model: Architecture,
+    *,
+    dtype: str,
+    kernel: str,
+    optimizer: str,
+    length: int,
+    rows: int = 1,
+    layers: tuple[str, ...] | None = None,
+) -> Workload:
+    """What a recipe's memory depends on; all layers checkpointed where `layers` is not given."""
+    return Workload(
+        model=model,
+        rows=rows,
+        length=length,
+        layers=layers or (CHECKPOINTED,) * model.layers,
+        dtype=dtype,
+        quantization=recipe.quantization,
+        full=not recipe.adapters,
+        double_quant=recipe.double_quant,
+        rank=recipe.rank,
+        targets=recipe.target_modules,
+        dropout=recipe.dropout > 0,
+        optimizer=optimizer,
+        kernel=kernel,
+        accumulation=recipe.effective_batch_size // rows,
+        blas_workspace=2 * round(card.workspace_mib * 2**20),
     )
 
 
-def _micro_batch(recipe: Recipe) -> tuple[int, str]:
+def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[_Candidate, list[_Candidate]]:
+    """The layout to take, and the best of each other micro-batch. The first may exceed the limit: then none fits."""
+    found = [
+        _with_fewest_recomputed(recipe, card, _with_rows(recipe, base, rows), limit)
+        for rows in _micro_batches(recipe, base)
+    ]
+    fitting = [one for one in found if one.memory.reserved <= limit]
+    while fitting:  # gaps were guessed: replay the best, and take it if it still fits
+        best = min(fitting, key=_cost)
+        at = found.index(best)
+        found[at] = fitting[fitting.index(best)] = replayed = _replayed(best, card, limit, recipe)
+        if replayed.memory.reserved <= limit and _cost(replayed) <= min(map(_cost, fitting)):
+            return replayed, [one for one in found if one is not replayed]
+        fitting = [one for one in fitting if one.memory.reserved <= limit]
+    smallest = base.replace(rows=found[-1].work.rows, accumulation=found[-1].work.accumulation)
+    if recipe.checkpointing == "auto":
+        smallest = smallest.replace(layers=(OFFLOADED,) * len(base.layers))
+    else:
+        smallest = found[-1].work
+    last = _Candidate(smallest, predict(smallest), step_time(smallest, card, smallest.accumulation))
+    return last, found
+
+
+def _micro_batches(recipe: Recipe, base: Workload) -> list[int]:
+    """Rows to try at once, many first."""
     if recipe.micro_batch_size:
-        return recipe.micro_batch_size, "as asked"
-    fits = max(1, TOKENS_AT_ONCE // recipe.max_length)
+        return [recipe.micro_batch_size]
     effective = recipe.effective_batch_size
-    micro = max(n for n in range(1, min(fits, effective) + 1) if effective % n == 0)
-    return micro, f"at most {TOKENS_AT_ONCE} tokens at once, and the effective batch of {effective} in whole parts"
+    most = max(1, MOST_TOKENS // base.length)
+    divisors = [rows for rows in range(min(effective, most), 0, -1) if effective % rows == 0]
+    return divisors if len(divisors) <= 6 else sorted({*divisors[-5:], divisors[0]}, reverse=True)
 
 
-def _attention(card: Card, dtype: str) -> tuple[str, str]:
-    """Llama 3 shares key and value heads between query heads, and without FlashAttention the memory-efficient kernel
-    refuses that: SDPA then takes its math path, whose memory grows with the square of the length."""
-    if not card.is_gpu:
-        return "sdpa", "runs on every CPU"
+def _with_rows(recipe: Recipe, base: Workload, rows: int) -> Workload:
+    return base.replace(rows=rows, accumulation=recipe.effective_batch_size // rows)
+
+
+def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: float) -> _Candidate:
+    """The workload with as few layers recomputed as fit; with all of them where nothing fits."""
+    depth = len(work.layers)
+    counts = {"none": range(1), "all": range(depth, depth + 1), "offloaded": range(depth, depth + 1)}.get(
+        recipe.checkpointing, range(depth + 1)
+    )
+    kind = OFFLOADED if recipe.checkpointing == "offloaded" else CHECKPOINTED
+    low, high = counts[0], counts[-1]
+    while low < high:
+        middle = (low + high) // 2
+        if _guess(_with_recomputed(work, middle, kind)).reserved <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    chosen = _with_recomputed(work, low, kind)
+    return _Candidate(chosen, _guess(chosen), step_time(chosen, card, chosen.accumulation))
+
+
+def _with_recomputed(work: Workload, count: int, kind: str) -> Workload:
+    """The first `count` layers recomputed: the others come first in the backward pass, and are gone by then."""
+    return work.replace(layers=(kind,) * count + (STORED,) * (len(work.layers) - count))
+
+
+def _guess(work: Workload) -> Memory:
+    found = outline(work)
+    totals = {instant: sum(buckets.values()) for instant, buckets in found.peaks.items()}
+    allocated = max(totals.values())
+    gap = max(GAPS_LEAST, round(GAPS_GUESS * allocated))
+    return Memory(totals, found.peaks[max(totals, key=totals.get)], gap)
+
+
+def _replayed(candidate: _Candidate, card: Card, limit: float, recipe: Recipe) -> _Candidate:
+    """The candidate with its gaps replayed, and so many more layers recomputed that it fits with them."""
+    work, memory = candidate.work, predict(candidate.work)
+    while memory.reserved > limit and recipe.checkpointing == "auto" and candidate.recomputed < len(work.layers):
+        one_more = _with_recomputed(work, candidate.recomputed + 1, CHECKPOINTED)
+        memory = Memory(**{**vars(_guess(one_more)), "gaps": memory.gaps})
+        if memory.reserved <= limit:
+            memory = Memory(**{**vars(memory), "gaps": gaps(one_more)})
+        work = one_more
+        candidate = _Candidate(work, memory, step_time(work, card, work.accumulation))
+    return _Candidate(work, memory, candidate.time)
+
+
+def _cost(candidate: _Candidate) -> tuple[float, int]:
+    """Seconds a step; where the card's speed is not known, the share of layers recomputed. Then fewer micro-batches."""
+    share = candidate.recomputed / max(1, len(candidate.work.layers))
+    return (candidate.time.step_s if candidate.time else share, -candidate.work.rows)
+
+
+def _alternative(one: _Candidate, best: _Candidate, limit: float) -> Alternative:
+    if one.memory.reserved > limit:
+        verdict = f"needs {(one.memory.reserved - limit) / GIB:.2f} GiB more than is free"
+    elif one.time and best.time:
+        verdict = f"{one.time.step_s / best.time.step_s - 1:.0%} slower"
+    else:
+        verdict = "more layers recomputed"
+    step_s = one.time.step_s if one.time else None
+    return Alternative(one.work.rows, one.recomputed, one.memory.reserved / GIB, step_s, verdict)
+
+
+def _why_rows(best: _Candidate, others: list[_Candidate]) -> str:
+    return (
+        "the fastest of the micro-batches that divide the effective batch" if others else "the only one that divides it"
+    )
+
+
+def _why_layers(recipe: Recipe, best: _Candidate, limit: float) -> str:
+    if recipe.checkpointing != "auto":
+        return "as asked"
+    if not best.recomputed:
+        return "all of them fit"
+    if OFFLOADED in best.work.layers:
+        return "without that nothing fits"
+    return f"recomputing costs time: as few layers as fit {limit / GIB:.2f} GiB"
+
+
+def _attention(card: Card, dtype: str) -> tuple[str, str, str]:
+    """transformers' attention, the kernel it will take, and why.
+
+    Llama 3 shares key and value heads between query heads, and without FlashAttention the memory-efficient kernel
+    refuses that: SDPA then takes its math path, whose memory grows with the square of the length.
+    """
     fast = [kernel for kernel in card.attention_gqa if kernel != "math"]  # tried in the card's own 16-bit dtype
     if fast and dtype != "fp32":
-        return "sdpa", f"{fast[0]} takes grouped heads as they are"
-    return EXPANDED_ATTENTION, "only the math kernel takes grouped heads here; expanded, the memory-efficient one runs"
+        hopper = card.capability[0] in (9, 10)  # where torch prefers cuDNN's (sdp_utils.cpp, check_prefer_cudnn)
+        kernel = "cudnn" if "cudnn" in fast and hopper else fast[0]
+        return "sdpa", kernel, f"{kernel} takes grouped heads as they are"
+    why = "only the math kernel takes grouped heads here; expanded, the memory-efficient one runs"
+    return EXPANDED_ATTENTION, "memory-efficient", why
 
 
 def _optimizer(recipe: Recipe, card: Card) -> tuple[str, str]:
@@ -70,3 +310,64 @@ def _optimizer(recipe: Recipe, card: Card) -> tuple[str, str]:
     if card.is_gpu and recipe.adapters:
         return "paged_adamw_8bit", "2 bytes of state a parameter instead of 8, paged out where the GPU is full"
     return "adamw_torch_fused", "exact, and fast where its states have room"
+
+
+def _plan_on_cpu(recipe: Recipe, card: Card, data) -> Plan:
+    dtype, why_dtype = card.choose_precision(recipe.precision)
+    effective = recipe.effective_batch_size
+    fits = max(1, CPU_TOKENS // recipe.max_length)
+    rows = recipe.micro_batch_size or max(n for n in range(1, min(fits, effective) + 1) if effective % n == 0)
+    again = recipe.checkpointing in ("all", "offloaded")
+    optimizer, why_optimizer = _optimizer(recipe, card)
+    return Plan(
+        recipe=recipe,
+        card=card,
+        dtype=dtype,
+        micro_batch_size=rows,
+        accumulation=effective // rows,
+        layers=(CHECKPOINTED,) * architecture(recipe.model, recipe.revision).layers if again else (),
+        attention="sdpa",
+        kernel="",
+        optimizer=optimizer,
+        reasons={
+            "dtype": why_dtype,
+            "micro_batch_size": "as asked" if recipe.micro_batch_size else f"at most {CPU_TOKENS} tokens at once",
+            "layers": "as asked" if recipe.checkpointing != "auto" else "a CPU has the memory, and saves the time",
+            "attention": "runs on every CPU",
+            "optimizer": why_optimizer,
+        },
+        steps=_steps(recipe, data),
+    )
+
+
+def _steps(recipe: Recipe, data) -> int | None:
+    if recipe.steps:
+        return recipe.steps
+    return math.ceil(len(data.train) * recipe.epochs / recipe.effective_batch_size) if data else None
+
+
+def _basis(recipe: Recipe) -> str:
+    text = "the shape of the model and the figures of the card"
+    if recipe.dora:
+        return text + "; DoRA's own memory is not part of it: rehearse(plan)"
+    others = [f"{name} {is_}" for name, is_ in _other_versions()]
+    return text if not others else f"{text}, for other versions than {', '.join(others)}: rehearse(plan) to be sure"
+
+
+def _as_measured() -> bool:
+    return not _other_versions()
+
+
+@functools.cache
+def _other_versions() -> tuple[tuple[str, str], ...]:
+    """Packages here that are of another version than MEASURED_WITH, or absent."""
+    found = []
+    for name, measured in MEASURED_WITH.items():
+        try:
+            here = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            here = "not installed"
+        here = here.split("+")[0]
+        if here != measured:
+            found.append((name, here))
+    return tuple(found)

@@ -32,7 +32,7 @@ _CHOICES = {
     "loss_on": ("answers", "everything"),
     "optimizer": ("auto", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
     "schedule": ("linear", "cosine", "constant"),
-    "checkpointing": ("auto", "all", "none"),
+    "checkpointing": ("auto", "all", "none", "offloaded"),
     "precision": ("auto", "fp16", "bf16", "fp32"),
 }
 _RANGES = {  # field: (kind, lowest, highest), both ends included
@@ -143,7 +143,7 @@ class Recipe:
 
     checkpointing: str = "auto"
     """Activation checkpointing, which recomputes layers in the backward pass to save their memory: `all` layers,
-    `none`, or `auto`: all on a GPU, none on a CPU."""
+    `none`, `offloaded`: all, with what they start from in host memory, or `auto`: as few as fit; none on a CPU."""
 
     precision: str = "auto"
     """Arithmetic: `auto` is bf16 where the GPU has it in hardware, fp16 on older ones such as a T4, fp32 on a CPU."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llamanb import hub
+from llamanb.architecture import from_config, require_method
 from llamanb.data.encode import end_token_ids
 from llamanb.errors import LlamanbError, ModelError
 from llamanb.layout import Plan
 from llamanb.model import attention
+from llamanb.model.layers import lay_out
 from llamanb.recipe import Recipe
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -50,8 +48,7 @@ def load_model(plan: Plan, tokenizer) -> PreTrainedModel:
     model.generation_config.eos_token_id = end_token_ids(tokenizer)
     model.config.use_cache = False
     keep_gradients_on_cpu(model)
-    if plan.checkpoint_layers:
-        checkpoint_layers(model)
+    lay_out(model, plan.layers)
     return model
 
 
@@ -80,15 +77,6 @@ def attach_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     return adapted
 
 
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Sets every decoder layer's own flag, which transformers 5.15 and 5.23 both read (the Trainer's option was
-    renamed between them)."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-            layer.gradient_checkpointing = True
-
-
 def keep_gradients_on_cpu(model: PreTrainedModel) -> None:
     """Switches off a packing of 4-bit weights that loses gradients.
 
@@ -102,8 +90,9 @@ def keep_gradients_on_cpu(model: PreTrainedModel) -> None:
 
 def _quantization(recipe: Recipe, config, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     saved = getattr(config, "quantization_config", None)
-    if saved is not None:
-        _adopt_saved_quantization(saved, recipe, compute_dtype)
+    if saved is not None:  # such checkpoints are saved with bf16 arithmetic, which a T4 only emulates
+        require_method(from_config(config.to_dict(), recipe.model), recipe)
+        saved["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
         return None
     if recipe.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -115,23 +104,6 @@ def _quantization(recipe: Recipe, config, compute_dtype: torch.dtype) -> BitsAnd
             bnb_4bit_compute_dtype=compute_dtype,
         )
     return None
-
-
-def _adopt_saved_quantization(saved: dict, recipe: Recipe, compute_dtype: torch.dtype) -> None:
-    """A checkpoint quantized before: the recipe must ask for what it holds. Such checkpoints are saved with bf16
-    arithmetic, which a T4 only emulates, so the plan's dtype goes in."""
-    if saved.get("load_in_4bit") or (saved.get("bnb_4bit_quant_type") and not saved.get("load_in_8bit")):
-        held = saved.get("bnb_4bit_quant_type", "fp4")
-    else:
-        held = "int8" if saved.get("load_in_8bit") else saved.get("quant_method", "another way")
-    if held != recipe.quantization:
-        fits = f"method = 'qlora-{held}'" if held in ("nf4", "fp4", "int8") else "a 16-bit checkpoint"
-        raise ModelError(
-            f"{recipe.model} is already quantized ({held}), and method = {recipe.method!r} asks for something else",
-            "quantized weights cannot be turned into other ones without loss",
-            f"use {fits}, or the 16-bit checkpoint it was made from",
-        )
-    saved["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
 
 
 def _explain(error: Exception, model: str) -> LlamanbError:

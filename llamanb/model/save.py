@@ -67,8 +67,8 @@ def load_adapter(folder: str | Path) -> tuple[PreTrainedModel, object]:
     with quiet_libraries():
         if not recipe.adapters:
             recipe = recipe.replace(model=str(saved.resolve()))
-            return load_model(make_plan(recipe), tokenizer).eval(), tokenizer
-        base = load_model(make_plan(recipe), tokenizer)
+            return load_model(make_plan(recipe, force=True), tokenizer).eval(), tokenizer
+        base = load_model(make_plan(recipe, force=True), tokenizer)
         return PeftModel.from_pretrained(base, saved).eval(), tokenizer
 
 

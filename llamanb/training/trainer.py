@@ -46,7 +46,7 @@ def build_trainer(
         seed=recipe.seed,
         max_length=None,  # the rows were checked against it
         dataset_kwargs={"skip_prepare_dataset": True},
-        gradient_checkpointing=False,  # the layers' own flags are set (model.load.checkpoint_layers)
+        gradient_checkpointing=False,  # the layers' own flags are set (model.layers.lay_out)
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN is a NaN, not 0.0
         save_strategy="no",

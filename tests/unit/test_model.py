@@ -10,7 +10,8 @@ from llamanb.data.encode import load_tokenizer
 from llamanb.errors import ModelError
 from llamanb.layout import EXPANDED_ATTENTION
 from llamanb.model import attach_adapters, attention, load_model, save_model, write_model_card
-from llamanb.model.load import checkpoint_layers
+from llamanb.model.layers import lay_out
+from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED
 
 CPU = Card("CPU", None)
 
@@ -235,5 +236,24 @@ def test_full_model_is_saved_in_what_it_computed_in(mini, tmp_path):
 def test_layers_flags_are_transformers_own(mini):
     model, _ = base(mini, checkpointing="none")
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
-    checkpoint_layers(model)
-    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    lay_out(model, (CHECKPOINTED, STORED))
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
+    with pytest.raises(ValueError, match="shorter|longer"):
+        lay_out(model, (STORED,))
+
+
+@pytest.mark.parametrize("kind", [CHECKPOINTED, OFFLOADED])
+def test_every_layout_gives_the_same_gradients(mini, kind):
+    found = []
+    for layers in ((STORED, STORED), (kind, STORED), (kind, kind)):
+        torch.manual_seed(0)
+        model, _ = base(mini, method="lora", checkpointing="none")
+        model = attach_adapters(model, Recipe(model=str(mini), method="lora"))
+        lay_out(model.get_base_model(), layers)
+        model.train()
+        ids = torch.arange(1, 33).reshape(2, 16)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert found[0]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -1,0 +1,145 @@
+"""What would fit: the smallest changes to a recipe that does not, and what a card can train at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from llamanb.architecture import Architecture, architecture
+from llamanb.card import Card
+from llamanb.cards import ROWS
+from llamanb.html import Table
+from llamanb.layout import GIB, Plan
+from llamanb.planner import DoesNotFitError, search, smallest_fits
+from llamanb.recipe import Recipe
+
+STEP = 128
+"""Tokens between two lengths that are tried."""
+SHORTEST = 128
+SMALLER = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-1B-Instruct")
+TABLE_MODELS = (*reversed(SMALLER), "meta-llama/Llama-3.3-70B-Instruct")
+TABLE_METHODS = ("qlora-nf4", "qlora-int8", "lora", "full")
+
+
+def does_not_fit(plan: Plan, model: Architecture, limit: float) -> DoesNotFitError:
+    """The error for a plan that needs more than `limit` bytes: what takes them, and what would fit."""
+    memory, card = plan.memory, plan.card
+    changes = changes_that_fit(plan.recipe, card, model)
+    bucket = max(memory.buckets, key=memory.buckets.get)
+    what = (
+        f"{plan.recipe.model} ({plan.recipe.method}) needs {plan.needs_gib:.2f} GiB at the least, and {card.name} has "
+    )
+    what += f"{limit / GIB:.2f} to plan with"
+    why = f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, and most of them are {bucket}: "
+    why += f"{memory.buckets[bucket] / GIB:.2f} GiB"
+    fix = (
+        changes.rows[0][0]
+        if changes.rows
+        else "no single change is enough: take a smaller model and a shorter max_length"
+    )
+    return DoesNotFitError(what, why, str(fix), plan, changes)
+
+
+def changes_that_fit(recipe: Recipe, card: Card, model: Architecture) -> Table:
+    """Single changes after which the recipe fits, those that cost least first, with what it then needs."""
+    rows = []
+    for change, costs, attempt in _changes(recipe, card, model):
+        made = attempt()
+        if made is not None:
+            rows.append([change(made) if callable(change) else change, f"{made.needs_gib:.2f} GiB", costs])
+    return Table(["change", "then it needs", "what it costs"], rows, "what would fit")
+
+
+def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]:
+    """(change, its cost in words, what tries it: a plan that fits or None), cheapest first."""
+
+    def tried(**fields) -> Callable[[], Plan | None]:
+        return lambda: fitting(recipe.replace(**fields), card, model)
+
+    if recipe.checkpointing == "none":
+        yield "checkpointing = 'auto'", "time: some layers are computed twice", tried(checkpointing="auto")
+    if recipe.micro_batch_size and recipe.micro_batch_size > 1:
+        yield (
+            "micro_batch_size = None",
+            "nothing that is learned: more, smaller micro-batches",
+            tried(micro_batch_size=None),
+        )
+    if recipe.precision == "fp32":
+        yield "precision = 'auto'", "digits that training does not need", tried(precision="auto")
+    if recipe.quantization in ("nf4", "fp4") and not recipe.double_quant:
+        yield "double_quant = True", "hardly anything", tried(double_quant=True)
+    if recipe.optimizer not in ("auto", "paged_adamw_8bit"):
+        yield "optimizer = 'paged_adamw_8bit'", "hardly anything", tried(optimizer="paged_adamw_8bit")
+    if recipe.checkpointing != "offloaded":
+        yield "checkpointing = 'offloaded'", "time: copies to host memory", tried(checkpointing="offloaded")
+    if recipe.max_length > SHORTEST:
+        yield (
+            lambda plan: f"max_length = {plan.recipe.max_length}",
+            "longer rows are skipped or cut",
+            lambda: _longest(recipe, card, model),
+        )
+    if recipe.rank > 8:
+        yield "rank = 8", "room to learn", tried(rank=8)
+    if recipe.targets != "attention" and recipe.adapters:
+        yield "targets = 'attention'", "some of what can be learned", tried(targets="attention")
+    if recipe.method != "qlora-nf4":
+        yield "method = 'qlora-nf4'", "4-bit weights: slower steps, slightly less exact", tried(method="qlora-nf4")
+    for name in SMALLER:
+        other = architecture(name)
+        if other.parameters < model.parameters:
+            yield f"model = {name!r}", "a smaller model", lambda other=other: fitting(recipe, card, other)
+            break
+    yield (lambda plan: f"a larger card: {plan.card.name}"), "money", lambda: _smallest_card(recipe, card, model)
+
+
+def fitting(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
+    """A plan that fits, or None."""
+    model = replace(model, max_positions=max(model.max_positions, recipe.max_length))
+    made = search(recipe, card, model, force=True)
+    return None if made.reasons["layers"] == "nothing fits" else made
+
+
+def _longest(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
+    """The plan for the longest rows that fit, in multiples of STEP."""
+    best, low, high = None, 1, recipe.max_length // STEP
+    while low <= high:
+        middle = (low + high) // 2
+        made = fitting(recipe.replace(max_length=middle * STEP), card, model)
+        if made:
+            best, low = made, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
+    larger = (Card.known(name) for name in sorted(ROWS, key=lambda name: ROWS[name].vram_gib))
+    larger = (one for one in larger if one.free_gib > card.free_gib and one.runs_default_torch)
+    return next((made for one in larger if (made := fitting(recipe, one, model))), None)
+
+
+def trainable(card: Card | str) -> Table:
+    """What a card can train: for each model and method the longest row, in tokens, with every layer recomputed."""
+    card = Card.known(card) if isinstance(card, str) else card
+    rows = []
+    for name in TABLE_MODELS:
+        model = architecture(name)
+        cells = [f"{longest:,}" if (longest := _reach(model, method, card)) else "no" for method in TABLE_METHODS]
+        rows.append([name.split("/")[1], f"{model.parameters / 1e9:.2f} B", *cells])
+    caption = (
+        f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB to plan with), rank 16 on all linear layers"
+    )
+    return Table(["model", "parameters", *TABLE_METHODS], rows, caption)
+
+
+def _reach(model: Architecture, method: str, card: Card) -> int:
+    """Longest row that fits with every layer recomputed and one row at a time; gaps are guessed, not replayed."""
+    recipe = Recipe(model=model.name, method=method, effective_batch_size=1)
+    low, high = 0, model.max_positions // STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        if smallest_fits(recipe.replace(max_length=middle * STEP), card, model):
+            low = middle
+        else:
+            high = middle - 1
+    return low * STEP

@@ -1,0 +1,170 @@
+"""How much memory a training takes, predicted: by instant, by bucket, and with what the allocator adds.
+
+A step's tape (tape.py) says what is alive when. Deep models repeat the same layer, so each instant's peak grows by the
+same amount with each layer of a kind: tapes of a few layers give the peaks of all. The instants are carried on one by
+one, since the peak of a deep model and that of a shallow one lie in different instants. What lies between allocated and
+reserved comes from replaying a tape of at most REPLAYED layers (allocator.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass, replace
+
+from llamanb.allocator import Allocator
+from llamanb.tape import (
+    ADAPT,
+    BUCKETS,
+    EMPTIED,
+    FORWARD,
+    INSTANTS,
+    OFFLOADED,
+    STORED,
+    Tape,
+    Workload,
+    record,
+    record_steady,
+)
+
+REPLAYED = 16
+"""Layers of the replay. Gaps hardly grow beyond: 8B at 4 × 512 tokens leaves 130 MiB with 8 and 16 layers, 190 with 32
+(benchmarks/results/memory.md)."""
+GAPS_PER_LAYER = 3 * 2**20
+"""Bytes by which the gaps grow with each layer that is not replayed."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A prediction, in bytes."""
+
+    peaks: dict[str, int]
+    """Most allocated at each instant (tape.INSTANTS)."""
+    buckets: dict[str, int]
+    """What is allocated at the highest peak (tape.BUCKETS)."""
+    gaps: int
+    """What the allocator reserves beyond that: free memory between tensors, and caches."""
+
+    @property
+    def instant(self) -> str:
+        """When the peak occurs."""
+        return max(self.peaks, key=self.peaks.get)
+
+    @property
+    def allocated(self) -> int:
+        return max(self.peaks.values())
+
+    @property
+    def reserved(self) -> int:
+        """What torch takes from the card, the CUDA context aside."""
+        return self.allocated + self.gaps
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a workload's tape comes to, without the allocator."""
+
+    peaks: dict[str, dict[str, int]]
+    """Bytes by bucket at the peak of each instant."""
+    written: int
+    """Bytes that a micro-batch allocates in all: each is written once at least."""
+    operations: int
+    """Allocations of a micro-batch: as many operations, roughly, are launched."""
+
+    @property
+    def allocated(self) -> int:
+        return max(sum(buckets.values()) for buckets in self.peaks.values())
+
+
+def predict(work: Workload, *, expandable: bool = True) -> Memory:
+    """Memory of a workload; `expandable` as in allocator.Allocator."""
+    found = outline(work)
+    totals = {instant: sum(buckets.values()) for instant, buckets in found.peaks.items()}
+    return Memory(totals, found.peaks[max(totals, key=totals.get)], gaps(work, expandable=expandable))
+
+
+def outline(work: Workload) -> Outline:
+    """The outline of a model of any depth, from tapes of at most five layers."""
+    stored = sum(kind == STORED for kind in work.layers)
+    again = next((kind for kind in work.layers if kind != STORED), OFFLOADED)
+    recomputed = len(work.layers) - stored
+    few = (min(recomputed, 2), min(stored, 2))
+    base = _outline(_cut(work, (again,) * few[0] + (STORED,) * few[1]))
+    peaks = {instant: dict(buckets) for instant, buckets in base.peaks.items()}
+    written, operations = base.written, base.operations
+    for more, step in ((recomputed - few[0], (1, 0)), (stored - few[1], (0, 1))):
+        if more:
+            one = _outline(_cut(work, (again,) * (few[0] + step[0]) + (STORED,) * (few[1] + step[1])))
+            for instant, buckets in peaks.items():
+                for bucket in buckets:
+                    buckets[bucket] += more * (one.peaks[instant][bucket] - base.peaks[instant][bucket])
+            written += more * (one.written - base.written)
+            operations += more * (one.operations - base.operations)
+    return Outline(peaks, written, operations)
+
+
+def _cut(work: Workload, layers: tuple[str, ...]) -> Workload:
+    return work.replace(model=replace(work.model, layers=len(layers)), layers=layers)
+
+
+@functools.lru_cache(maxsize=256)
+def _outline(work: Workload) -> Outline:
+    tape = record_steady(work)
+    begin = next(at for at, name in tape.marks if name == FORWARD)
+    new = [tape.sizes[event - 1] for event in tape.events[begin:] if event > 0]
+    return Outline(tape_peaks(tape), sum(new), len(new))
+
+
+def tape_peaks(tape: Tape) -> dict[str, dict[str, int]]:
+    """Bytes by bucket at each instant's peak of a tape, sizes rounded as the allocator does."""
+    sizes = [max(512, -(-size // 512) * 512) for size in tape.sizes]
+    live, highest, at = 0, dict.fromkeys(INSTANTS, -1), {}
+    marks = [*tape.marks, (len(tape.events), "")]
+    for (begin, name), (end, _) in itertools.pairwise(marks):
+        instant = ADAPT if name == EMPTIED else name
+        for i in range(begin, end + (begin == end)):
+            if i < end:
+                event = tape.events[i]
+                live += sizes[event - 1] if event > 0 else -sizes[-event - 1]
+            if live > highest[instant]:
+                highest[instant], at[instant] = live, min(i + 1, end)
+    found = {}
+    for instant, end in at.items():
+        buckets = dict.fromkeys(BUCKETS, 0)
+        for event in tape.events[:end]:
+            slot = abs(event) - 1
+            buckets[tape.buckets[slot]] += sizes[slot] if event > 0 else -sizes[slot]
+        found[instant] = buckets
+    return found
+
+
+def gaps(work: Workload, *, expandable: bool = True) -> int:
+    """Bytes that the allocator reserves at its peak beyond those allocated at theirs."""
+    depth = len(work.layers)
+    if depth > REPLAYED:
+        stored = sum(kind == STORED for kind in work.layers)
+        few = round(stored * REPLAYED / depth)
+        small = _cut(work, work.layers[: REPLAYED - few] + work.layers[depth - few :])
+        return _replayed_gaps(small, expandable) + (depth - REPLAYED) * GAPS_PER_LAYER
+    return _replayed_gaps(work, expandable)
+
+
+@functools.lru_cache(maxsize=64)
+def _replayed_gaps(work: Workload, expandable: bool) -> int:
+    allocator = replay(record(work), expandable=expandable)
+    return allocator.peak_reserved - allocator.peak_allocated
+
+
+def replay(tape: Tape, *, expandable: bool = True) -> Allocator:
+    """Runs a tape through torch's allocator and returns it as it is afterwards."""
+    allocator = Allocator(expandable=expandable)
+    emptied = next((at for at, name in tape.marks if name == EMPTIED), None)
+    blocks, sizes, take, give = {}, tape.sizes, allocator.take, allocator.give
+    for i, event in enumerate(tape.events):
+        if i == emptied:
+            allocator.empty_cache()
+        if event > 0:
+            blocks[event] = take(sizes[event - 1])
+        else:
+            give(blocks.pop(-event))
+    return allocator

@@ -1,0 +1,81 @@
+"""How long a training step takes, estimated from its arithmetic, its bytes and its launches.
+
+A rough figure on a card of the table, good enough to rank layouts of one recipe against each other; a rehearsal
+measures it. A micro-batch takes the longer of two: what the GPU needs (matrix products at the card's sustained rate,
+then everything else at its bandwidth), and what Python needs to launch it all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamanb.card import Card
+from llamanb.memory import outline
+from llamanb.recipe import LINEAR_LAYERS
+from llamanb.tape import BYTES, OFFLOADED, STORED, Workload
+
+READS_PER_WRITE = 1.6
+"""Bytes read for each byte an operation writes: a product of two reads twice, a cast once."""
+LAUNCHES_PER_OPERATION = 4.0
+"""Launches, and Python around them, for each allocation: views, in-place operations, peft's and autograd's own code."""
+MASKED_HALF = 0.5
+"""Causal attention computes half of all scores."""
+ATTENTION_RATE = 0.5
+"""Of the card's matrix rate, in attention."""
+FP32_RATE = 1 / 8
+"""Of the 16-bit matrix rate, without matrix units (T4: 8.1 of 65 TFLOP/s)."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what is waited for."""
+
+    matrix_s: float
+    attention_s: float
+    memory_s: float
+    link_s: float
+    """Copies of offloaded activations."""
+    launch_s: float
+
+    @property
+    def gpu_s(self) -> float:
+        return self.matrix_s + self.attention_s + self.memory_s + self.link_s
+
+    @property
+    def step_s(self) -> float:
+        return max(self.gpu_s, self.launch_s)
+
+
+def flops(work: Workload) -> tuple[float, float]:
+    """(of matrix products, of attention) for one micro-batch, forward and backward."""
+    model, tokens = work.model, work.tokens
+    again = sum(kind != STORED for kind in work.layers)
+    adapters = 0 if work.full else sum(sum(model.linear(name)) for name in work.targets) * work.rank
+    forward = 2 * tokens * (model.layer_linear_parameters + adapters)
+    backward = forward + 2 * tokens * (model.layer_linear_parameters if work.full else adapters)
+    matrix = model.layers * (forward + backward) + again * forward
+    head = 2 * tokens * model.hidden * model.vocabulary
+    matrix += head * (4 if work.full else 3)  # once forward; again, and its gradient, backward
+    scores = 4 * tokens * work.length * model.q * MASKED_HALF
+    return matrix, scores * (3.5 * model.layers + again)
+
+
+def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
+    """Estimated time of an optimizer step of `accumulation` micro-batches; None where the card's speed is not known."""
+    if not (card.tflops and card.bandwidth_gbs):
+        return None
+    matrix, attention = flops(work)
+    rate = card.tflops * 1e12 * (FP32_RATE if work.dtype == "fp32" else 1)
+    outlined = outline(work)
+    moved = outlined.written * (1 + READS_PER_WRITE)
+    trained = sum(sum(work.model.linear(name)) for name in LINEAR_LAYERS) * work.rank * work.model.layers
+    moved += (work.model.parameters if work.full else trained) * 4 * 7 / accumulation  # Adam reads four, writes three
+    offloaded = sum(kind == OFFLOADED for kind in work.layers)
+    link = 2 * offloaded * work.tokens * work.model.hidden * BYTES[work.dtype]
+    return StepTime(
+        matrix_s=accumulation * matrix / rate,
+        attention_s=accumulation * attention / (rate * ATTENTION_RATE),
+        memory_s=accumulation * moved / (card.bandwidth_gbs * 1e9),
+        link_s=accumulation * link / ((card.host_link_gbs or 10) * 1e9),
+        launch_s=accumulation * outlined.operations * LAUNCHES_PER_OPERATION * (card.launch_us or 10) * 1e-6,
+    )

@@ -1,0 +1,85 @@
+"""A training step as what it allocates and frees, in order: the tape that memory is predicted from.
+
+The tape follows the code that runs: transformers' Llama layer (modeling_llama.py), peft's LoRA layers (tuners/lora),
+bitsandbytes' products (autograd/_functions.py, backends/cuda/ops.py), torch's autograd and checkpointing, trl's tiled
+loss (kernels/chunked_logprob.py). Each function below mirrors one of them, forward and backward, and is held to torch's
+own recorded history (benchmarks/results/memory_tapes.md). Sizes are bytes. Scalars and tensors of a few bytes a
+token are left out.
+
+`N` is the tokens of a micro-batch, `e` the bytes of a number in the step's arithmetic, `r` the rank.
+"""
+
+from __future__ import annotations
+
+from llamanb.tape.step import Step
+from llamanb.tape.workload import (
+    ADAPT,
+    BACKWARD,
+    BUCKETS,
+    BYTES,
+    CHECKPOINTED,
+    EMPTIED,
+    FORWARD,
+    HEAD,
+    HEAD_BACKWARD,
+    INSTANTS,
+    LOAD,
+    OFFLOADED,
+    RECOMPUTED,
+    STEP,
+    STORED,
+    Tape,
+    Workload,
+)
+
+
+def record(work: Workload) -> Tape:
+    """The tape of loading and of all that is new in training: a first step, and the largest micro-batch of a second.
+
+    A step has two micro-batches here where it has any number of them: the third does what the second did.
+    """
+    writer = Step(work)
+    writer.load()
+    writer.micro_batch()
+    writer.optimizer_states()
+    if work.accumulation == 1:
+        writer.drop_gradients()
+    writer.micro_batch()
+    writer.tape.mark(STEP)
+    writer.drop_gradients()
+    return writer.tape
+
+
+def record_steady(work: Workload) -> Tape:
+    """The tape of one micro-batch with all that lasts in place: the same peaks in fewer events, gaps left aside."""
+    writer = Step(work)
+    writer.load()
+    writer.optimizer_states()
+    if work.accumulation > 1:
+        writer.make_gradients()
+    writer.micro_batch()
+    writer.tape.mark(STEP)
+    return writer.tape
+
+
+__all__ = [
+    "ADAPT",
+    "BACKWARD",
+    "BUCKETS",
+    "BYTES",
+    "CHECKPOINTED",
+    "EMPTIED",
+    "FORWARD",
+    "HEAD",
+    "HEAD_BACKWARD",
+    "INSTANTS",
+    "LOAD",
+    "OFFLOADED",
+    "RECOMPUTED",
+    "STEP",
+    "STORED",
+    "Tape",
+    "Workload",
+    "record",
+    "record_steady",
+]

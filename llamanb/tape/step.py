@@ -1,0 +1,219 @@
+"""A whole training on the tape: loading, a micro-batch, trl's tiled loss, the optimizer."""
+
+from __future__ import annotations
+
+from llamanb.recipe import LINEAR_LAYERS
+from llamanb.tape.layer import DecoderLayer
+from llamanb.tape.workload import (
+    ACTIVATIONS,
+    ADAPT,
+    ADAPTERS,
+    BACKWARD,
+    BLOCK,
+    CHECKPOINTED,
+    CONSTANTS,
+    EMBEDDINGS,
+    EMPTIED,
+    FORWARD,
+    GRADIENTS,
+    HEAD,
+    HEAD_BACKWARD,
+    LIBRARIES,
+    LOAD,
+    LOSS,
+    LOSS_COLUMNS,
+    LOSS_ROWS,
+    OFFLOADED,
+    OPTIMIZER,
+    PAGED_FROM,
+    QUANTIZED_FROM,
+    RECOMPUTED,
+    STATE_BLOCK,
+    STEP,
+    STORED,
+    WEIGHTS,
+)
+
+
+class Step(DecoderLayer):
+    def load(self) -> None:
+        self.tape.mark(LOAD)
+        work, model, new, free = self.work, self.work.model, self.new, self.free
+        for _ in range(2):
+            new(work.blas_workspace // 2, LIBRARIES)
+        width = 4 if work.full else self.e
+        per_weight = {None: width, "int8": 1}.get(work.quantization, 0.5)
+        linear = model.layers * model.layer_linear_parameters
+        rest = model.parameters - linear
+        free(new(int(rest * width + linear * per_weight)))  # transformers asks for all of it once, and gives it back
+        for _ in range(1 if model.tied else 2):
+            new(width * model.embedding_parameters, EMBEDDINGS)
+        for _ in range(model.layers):
+            for name in ("down_proj", "gate_proj", "up_proj", "k_proj", "o_proj", "q_proj", "v_proj"):
+                self._load_linear(*self.sides[name], width)
+            for _ in range(2):
+                new(width * self.hidden, WEIGHTS)
+        new(width * self.hidden, WEIGHTS)
+        self.tape.mark(ADAPT)
+        adapters = [
+            (layer, name, part) for layer in range(model.layers) for name in self.targets for part in "AB"
+        ]  # peft makes them in the model's dtype, then widens them
+        made = [new(self.e * self._adapter(name, part), ADAPTERS) for _, name, part in adapters]
+        for slot, (_, name, part) in zip(made, adapters, strict=True):
+            new(4 * self._adapter(name, part), ADAPTERS)
+            free(slot)
+        self.trained = [self._adapter(name, part) for _, name, part in adapters]
+        if work.full:
+            self.trained = [model.embedding_parameters] * (1 if model.tied else 2)
+            self.trained += [a * b for _ in range(model.layers) for a, b in self.sides.values()]
+        self.tape.mark(EMPTIED)
+
+    def _adapter(self, name: str, part: str) -> int:
+        return self.work.rank * self.sides[name][part == "B"]
+
+    def _load_linear(self, inputs: int, outputs: int, width: int) -> None:
+        size, new, free = inputs * outputs, self.new, self.free
+        if self.work.quantization is None:
+            new(width * size, WEIGHTS)
+        elif self.work.quantization == "int8":
+            plain = new(width * size)
+            as_fp16 = new(2 * size)
+            new(4 * outputs, CONSTANTS)
+            new(size, WEIGHTS)
+            free(as_fp16, plain)
+        else:
+            plain = new(width * size)
+            constants = new(4 * size // BLOCK, CONSTANTS)
+            new(size // 2, WEIGHTS)
+            if self.work.double_quant:
+                shifted = new(4 * size // BLOCK)
+                new(size // BLOCK + 4 * size // BLOCK // STATE_BLOCK, CONSTANTS)
+                free(shifted, constants)
+            free(plain)
+
+    def micro_batch(self) -> None:
+        work, new, free = self.work, self.new, self.free
+        self.tape.mark(FORWARD)
+        self.casts = []
+        layers = work.layers
+        x = embedded = new(self.stream * self.tokens * self.hidden, ACTIVATIONS)
+        angles = [new(self.stream * work.length * work.model.head_size, ACTIVATIONS) for _ in range(2)]
+        mask = new(work.rows * work.length**2, ACTIVATIONS) if self.masked else None
+        saved = []
+        for i, kind in enumerate(layers):
+            before = x
+            x, kept = self.layer(before, save=kind == STORED, first=i == 0)
+            if kind == CHECKPOINTED:
+                kept = before
+                self.keep(before)
+            elif kind == OFFLOADED:
+                kept = None
+            if before is not embedded and kept is not before and not (kind == STORED and self.shared):
+                free(before)
+            saved.append(kept)
+        y, final = self.norm(x, save=True)
+        if not self.shared:
+            free(x)
+        if layers[0] == OFFLOADED or (layers[0] == STORED and not work.full):
+            free(embedded)
+        self.tape.mark(HEAD)
+        hidden = self.loss(y)
+        self.tape.mark(HEAD_BACKWARD)
+        for slot in self.casts:
+            free(slot)
+        gradient = self.norm_backward(self.loss_backward(hidden), final, None)
+        for i in reversed(range(len(layers))):
+            self.tape.mark(BACKWARD if layers[i] == STORED else RECOMPUTED)
+            if layers[i] == STORED:
+                gradient = self.layer_backward(i, gradient, saved[i])
+                continue
+            x = saved[i] if layers[i] == CHECKPOINTED else new(self.stream * self.tokens * self.hidden, ACTIVATIONS)
+            self.casts = []
+            _, kept = self.layer(x, save=True, first=i == 0, recompute=True)
+            gradient = self.layer_backward(i, gradient, kept)
+            if not self.shared or (i == 0 and not work.full):
+                free(x)
+        if work.full:
+            embedding = new(4 * work.model.embedding_parameters, GRADIENTS)
+            if work.model.tied:
+                free(embedding)
+            self._gradient("embedding", self.tied_gradient if work.model.tied else embedding)
+        free(gradient, mask, *angles, *self.pinned)
+        self.pinned = []
+
+    def loss(self, y: int) -> int:
+        """trl's fused head: the trained tokens' hidden states, and their logits tile by tile."""
+        hidden = self.new(self.stream * self._trained * self.hidden, LOSS)
+        tile = self.new(self._tile, LOSS)
+        self.free(*[self.new(size, LOSS) for size in self._head_casts], tile, y)
+        return hidden
+
+    @property
+    def _head_casts(self) -> tuple[int, ...]:
+        """A trained head is fp32, and cast tile by tile."""
+        if not self.work.full or not self.half:
+            return ()
+        return (self.e * min(LOSS_COLUMNS, self.work.model.vocabulary) * self.hidden,)
+
+    @property
+    def _trained(self) -> int:
+        most = self.tokens - self.work.rows  # nothing predicts a row's first token
+        return most if self.work.trained_tokens is None else min(self.work.trained_tokens, most)
+
+    @property
+    def _tile(self) -> int:
+        return self.e * min(self._trained, LOSS_ROWS) * min(LOSS_COLUMNS, self.work.model.vocabulary)
+
+    def loss_backward(self, hidden: int) -> int:
+        """Each tile again, and the gradient of the hidden states in fp32; then of the final norm's output."""
+        new, free, model = self.new, self.free, self.work.model
+        size = self._trained * self.hidden
+        gradient = new(4 * size, LOSS)
+        head = new(4 * model.embedding_parameters, GRADIENTS) if self.work.full else None
+        tile = new(self._tile, LOSS)
+        if self.stream == 2:
+            narrow = new(2 * size, LOSS)
+            free(gradient)
+            gradient = narrow
+        free(*[new(cast, LOSS) for cast in 2 * self._head_casts], tile, hidden)
+        spread = new(self.stream * size, LOSS)
+        free(gradient)
+        out = new(self.stream * self.tokens * self.hidden, LOSS)
+        free(spread)
+        if head is not None and model.tied:
+            self.tied_gradient = head  # waits for the embedding's
+        elif head is not None:
+            self._gradient("head", head)
+        return out
+
+    def optimizer_states(self) -> None:
+        self.tape.mark(STEP)
+        for size in self.trained:
+            for _ in range(2):
+                for state in _state_sizes(self.work.optimizer, size):
+                    self.new(state, OPTIMIZER)
+
+    def make_gradients(self) -> None:
+        for layer in range(self.work.model.layers):
+            for name in LINEAR_LAYERS if self.work.full else self.targets:
+                if self.work.full:
+                    inputs, outputs = self.sides[name]
+                    self.gradients[layer, name] = self.new(4 * inputs * outputs, GRADIENTS)
+                else:
+                    for part in "AB":
+                        self.gradients[layer, name, part] = self.new(4 * self._adapter(name, part), GRADIENTS)
+        if self.work.full:
+            for key in ("embedding",) if self.work.model.tied else ("embedding", "head"):
+                self.gradients[key] = self.new(4 * self.work.model.embedding_parameters, GRADIENTS)
+
+    def drop_gradients(self) -> None:
+        self.free(*self.gradients.values())
+        self.gradients = {}
+
+
+def _state_sizes(optimizer: str, size: int) -> list[int]:
+    """Bytes on the device that one of Adam's two states takes for a parameter of `size` elements."""
+    paged = optimizer.startswith("paged") and size >= PAGED_FROM
+    if "8bit" in optimizer and size >= QUANTIZED_FROM:
+        return [4 * size // STATE_BLOCK] + ([] if paged else [size])
+    return [] if paged else [4 * size]

@@ -1,0 +1,100 @@
+"""The words of a tape: what a step depends on, and the tape itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llamanb.architecture import Architecture
+from llamanb.recipe import LINEAR_LAYERS
+
+STORED, CHECKPOINTED, OFFLOADED = "stored", "checkpointed", "offloaded"
+"""What becomes of a layer's activations: kept; recomputed from its input; the same with the input in host memory."""
+KERNELS = ("flash", "cudnn", "memory-efficient", "math")
+"""Attention kernels; `memory-efficient` is taken with keys and values expanded to all heads (model/attention.py)."""
+BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+LOSS_ROWS, LOSS_COLUMNS = 4096, 32768
+"""Tile of logits in trl 1.16 (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)."""
+BLOCK = 64
+"""Weights under one quantization constant in 4 bits (bitsandbytes' default)."""
+PAGED_FROM, QUANTIZED_FROM, STATE_BLOCK = 100_000, 4096, 256
+"""bitsandbytes' optimizers: elements from which a state is paged, from which it is 8-bit, and under one constant."""
+
+WEIGHTS, CONSTANTS, EMBEDDINGS, ADAPTERS = "weights", "quantization constants", "embeddings and head", "adapters"
+GRADIENTS, OPTIMIZER, ACTIVATIONS = "gradients", "optimizer", "activations"
+LOSS, TEMPORARIES, LIBRARIES = "loss", "temporaries", "cuBLAS workspace"
+BUCKETS = (WEIGHTS, CONSTANTS, EMBEDDINGS, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS, TEMPORARIES, LIBRARIES)
+LOAD, ADAPT, FORWARD, HEAD, HEAD_BACKWARD = "load", "adapters made", "forward", "loss", "backward of the loss"
+BACKWARD, RECOMPUTED, STEP = "backward", "backward of a recomputed layer", "optimizer step"
+INSTANTS = (LOAD, ADAPT, FORWARD, HEAD, HEAD_BACKWARD, BACKWARD, RECOMPUTED, STEP)
+"""Parts of a training, each with a peak of its own."""
+EMPTIED = "cache emptied"
+"""Mark of the moment at which transformers gives the allocator's free memory back, before the first step."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All that a step's memory depends on."""
+
+    model: Architecture
+    rows: int
+    """Rows of a micro-batch."""
+    length: int
+    """Tokens a row, the longest of the micro-batch."""
+    layers: tuple[str, ...]
+    """STORED, CHECKPOINTED or OFFLOADED for each decoder layer, the first one first."""
+    dtype: str = "fp16"
+    quantization: str | None = "nf4"
+    """nf4, fp4, int8, or None for weights in `dtype`."""
+    full: bool = False
+    """All weights are trained, in fp32 under autocast; no adapters."""
+    double_quant: bool = True
+    rank: int = 16
+    targets: tuple[str, ...] = LINEAR_LAYERS
+    dropout: bool = False
+    optimizer: str = "paged_adamw_8bit"
+    kernel: str = "memory-efficient"
+    padded: bool = True
+    """Rows of unequal length in a micro-batch: attention then needs a mask. One row alone never does."""
+    accumulation: int = 2
+    """Micro-batches in an optimizer step; from the second on gradients are there from the start."""
+    trained_tokens: int | None = None
+    """Tokens of a micro-batch that the loss is taken on; None: all of them, the most there can be."""
+    blas_workspace: int = 2 * 8_519_680
+    """Bytes that cuBLAS holds, once for the forward's thread and once for the backward's."""
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def replace(self, **changes) -> Workload:
+        return replace(self, **changes)
+
+
+class Tape:
+    """Allocations and frees in order. `events`: slot + 1 where one is allocated, -(slot + 1) where it is freed."""
+
+    def __init__(self):
+        self.events: list[int] = []
+        self.sizes: list[int] = []
+        self.buckets: list[str] = []
+        self.marks: list[tuple[int, str]] = []
+        """(events before it, what begins there)."""
+
+    def new(self, size: int, bucket: str = TEMPORARIES) -> int:
+        self.sizes.append(size)
+        self.buckets.append(bucket)
+        self.events.append(len(self.sizes))
+        return len(self.sizes) - 1
+
+    def free(self, *slots: int | None) -> None:
+        self.events.extend(-slot - 1 for slot in slots if slot is not None)
+
+    def keep(self, *slots: int | None) -> None:
+        """Makes temporaries activations: they wait for the backward pass."""
+        for slot in slots:
+            if slot is not None:
+                self.buckets[slot] = ACTIVATIONS
+
+    def mark(self, name: str) -> None:
+        self.marks.append((len(self.events), name))
