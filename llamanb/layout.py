@@ -64,6 +64,8 @@ class Plan:
     time: StepTime | None = None
     """Predicted; None where the card's speed is not known."""
     alternatives: tuple[Alternative, ...] = ()
+    length: int = 0
+    """Tokens of the longest row that is planned for."""
     steps: int | None = None
     """Optimizer steps of the run; None where the rows are not counted yet."""
     basis: str = ""

@@ -15,11 +15,17 @@ from dataclasses import dataclass, replace
 from llamanb.allocator import Allocator
 from llamanb.tape import (
     ADAPT,
+    BACKWARD,
     BUCKETS,
     EMPTIED,
     FORWARD,
+    HEAD,
+    HEAD_BACKWARD,
     INSTANTS,
+    LOAD,
     OFFLOADED,
+    RECOMPUTED,
+    STEP,
     STORED,
     Tape,
     Workload,
@@ -27,6 +33,13 @@ from llamanb.tape import (
     record_steady,
 )
 
+SEEN = {
+    "load": (LOAD, ADAPT),
+    "forward": (FORWARD, HEAD),
+    "backward": (HEAD_BACKWARD, BACKWARD, RECOMPUTED),
+    "optimizer step": (STEP,),
+}
+"""What can be told apart from outside, and the instants in it."""
 REPLAYED = 16
 """Layers of the replay. Gaps hardly grow beyond: 8B at 4 × 512 tokens leaves 130 MiB with 8 and 16 layers, 190 with 32
 (benchmarks/results/memory.md)."""

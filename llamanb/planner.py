@@ -123,6 +123,7 @@ def search(
         memory=best.memory,
         time=best.time,
         alternatives=tuple(_alternative(one, best, limit) for one in others),
+        length=length,
         steps=_steps(recipe, data),
         basis=_basis(recipe),
     )
@@ -336,6 +337,7 @@ def _plan_on_cpu(recipe: Recipe, card: Card, data) -> Plan:
             "attention": "runs on every CPU",
             "optimizer": why_optimizer,
         },
+        length=recipe.max_length,
         steps=_steps(recipe, data),
     )
 

@@ -30,12 +30,14 @@ FP32_RATE = 1 / 8
 class StepTime:
     """Seconds of one optimizer step, by what is waited for."""
 
-    matrix_s: float
-    attention_s: float
-    memory_s: float
-    link_s: float
+    matrix_s: float = 0.0
+    attention_s: float = 0.0
+    memory_s: float = 0.0
+    link_s: float = 0.0
     """Copies of offloaded activations."""
-    launch_s: float
+    launch_s: float = 0.0
+    measured_s: float | None = None
+    """The whole step as a rehearsal found it; comes first."""
 
     @property
     def gpu_s(self) -> float:
@@ -43,7 +45,7 @@ class StepTime:
 
     @property
     def step_s(self) -> float:
-        return max(self.gpu_s, self.launch_s)
+        return max(self.gpu_s, self.launch_s) if self.measured_s is None else self.measured_s
 
 
 def flops(work: Workload) -> tuple[float, float]:

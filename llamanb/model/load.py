@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llamanb import hub
-from llamanb.architecture import from_config, require_method
+from llamanb.architecture import Architecture, from_config, require_method
 from llamanb.data.encode import end_token_ids
 from llamanb.errors import LlamanbError, ModelError
 from llamanb.layout import Plan
@@ -19,22 +19,31 @@ from llamanb.recipe import Recipe
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_model(plan: Plan, tokenizer) -> PreTrainedModel:
+def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreTrainedModel:
     """The recipe's base model on the plan's card, quantized as the recipe says, without adapters.
 
     Embeddings, head and norms stay in the 16-bit dtype they compute in: peft's usual preparation would cast them to
     fp32, 2 GiB more on 8B. Raises ModelError for weights that are missing or do not fit the config.
+
+    Args:
+        plan: made for the model; its `layers` are laid out.
+        tokenizer: whose padding and end tokens the model gets.
+        shape: random weights of this shape instead of the recipe's checkpoint, made on the device.
     """
     recipe = plan.recipe
-    folder = hub.checkpoint_folder(recipe.model, recipe.revision)
     attention.register()
-    config = AutoConfig.from_pretrained(folder)
-    dtype = weights_dtype(plan)
+    if shape is None:
+        folder, state = hub.checkpoint_folder(recipe.model, recipe.revision), None
+        config = AutoConfig.from_pretrained(folder)
+    else:
+        folder, config = None, _config(shape)
+        state = _random_state(config, weights_dtype(plan), "cuda" if plan.card.is_gpu else "cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = LlamaForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=dtype,  # never "auto": Llama's checkpoints say bf16, which a T4 only emulates
+            state_dict=state,
+            dtype=weights_dtype(plan),  # never "auto": Llama's checkpoints say bf16, which a T4 only emulates
             quantization_config=_quantization(recipe, config, DTYPES[plan.dtype]),
             device_map={"": torch.cuda.current_device() if plan.card.is_gpu else "cpu"},
             attn_implementation=plan.attention,
@@ -86,6 +95,35 @@ def keep_gradients_on_cpu(model: PreTrainedModel) -> None:
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+def _config(shape: Architecture) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=shape.max_positions,
+        rms_norm_eps=1e-5,
+    )
+
+
+def _random_state(config: LlamaConfig, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """Random weights by name. What is in them changes neither memory nor, as long as it is not zeros, speed."""
+    with torch.device("meta"):
+        names = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    source = torch.Generator(device).manual_seed(0)
+    return {
+        name: 0.02 * torch.randn(shape, generator=source, device=device, dtype=dtype)
+        if len(shape) > 1
+        else torch.ones(shape, device=device, dtype=dtype)
+        for name, shape in names.items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
 
 
 def _quantization(recipe: Recipe, config, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -1,0 +1,233 @@
+"""`rehearse`: the plan tried on the GPU at hand with a few layers of the real shape, in seconds and without a download.
+
+Models of a few random layers go through the same loading, the same trainer and the same loss for some steps. What they
+take beyond the prediction for them is carried to the plan's depth, each part of the step by itself, since the parts
+grow differently with depth; what a layer of each kind adds to a micro-batch's time is carried the same way.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llamanb.architecture import Architecture, architecture
+from llamanb.card import Card
+from llamanb.errors import GpuError
+from llamanb.layout import GIB, Plan
+from llamanb.memory import SEEN, Memory, predict
+from llamanb.planner import MARGIN_REHEARSED, workload
+from llamanb.speed import StepTime
+from llamanb.tape import CHECKPOINTED, STORED, Workload
+
+FEW, MORE = 2, 3
+"""Layers of a kind in the first model, and by how many the others have more of one kind."""
+STEPS = 6
+"""Optimizer steps of each: the first also compiles and warms up."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One small model's run."""
+
+    layers: tuple[str, ...]
+    peaks: dict[str, int]
+    reserved: int
+    micro_batch_s: float
+    optimizer_s: float
+
+
+def rehearse(plan: Plan) -> Plan:
+    """The plan with memory and time corrected by trial, and as many more layers kept as then fit.
+
+    Takes some ten seconds and as much memory as a few layers and the embeddings need.
+
+    Raises:
+        GpuError: there is no GPU, or not the plan's kind.
+    """
+    card = plan.card
+    if not card.is_gpu:
+        raise GpuError("nothing to rehearse", "the plan is for a CPU, and predicts no memory", "plan for a GPU")
+    _require_gpu(card)
+    shape = architecture(plan.recipe.model, plan.recipe.revision)
+    work = workload(
+        plan.recipe,
+        card,
+        shape,
+        dtype=plan.dtype,
+        kernel=plan.kernel,
+        optimizer=plan.optimizer,
+        length=plan.length,
+        rows=plan.micro_batch_size,
+        layers=plan.layers,
+    )
+    trials = [_try(plan, shape, layers) for layers in _small_layouts(plan)]
+    return _corrected(plan, work, trials)
+
+
+def _require_gpu(card: Card) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise GpuError(
+            f"a plan for {card.name} cannot be rehearsed here",
+            "torch finds no GPU",
+            "rehearse on the machine that will train; the prediction needs no GPU",
+        )
+
+
+def _small_layouts(plan: Plan) -> list[tuple[str, ...]]:
+    """A few layers of each kind the plan has or could have, and then more of one kind at a time."""
+    again = next((kind for kind in plan.layers if kind != STORED), CHECKPOINTED)
+    if plan.recipe.checkpointing == "auto" and plan.recomputed:
+        kinds = (again, STORED)
+    else:
+        kinds = tuple(kind for kind in (again, STORED) if kind in plan.layers)
+    base = [kind for kind in kinds for _ in range(FEW)]
+    return [tuple(base), *(tuple(sorted([*base, *[kind] * MORE])) for kind in kinds)]
+
+
+def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
+    """Trains a model of these layers for STEPS steps of random rows."""
+    import torch
+
+    from llamanb.data import TrainingData
+    from llamanb.model import attach_adapters, load_model
+    from llamanb.quiet import quiet_libraries
+    from llamanb.training.trainer import build_trainer
+    from llamanb.watch.instants import Instants
+
+    accumulation = min(plan.accumulation, 2)
+    recipe = plan.recipe.replace(
+        steps=STEPS,
+        effective_batch_size=accumulation * plan.micro_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        stop_after_min=None,
+    )
+    small = plan.replace(recipe=recipe, layers=layers, accumulation=accumulation)
+    tokenizer = _tokenizer()
+    rows = random_rows(shape.vocabulary, plan.length, plan.micro_batch_size, STEPS * recipe.effective_batch_size)
+    data = TrainingData("random rows", "token ids", tokenizer, rows, [], [], [])
+    instants = Instants()
+    with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model = load_model(small, tokenizer, replace(shape, layers=len(layers)))
+        if recipe.adapters:
+            model = attach_adapters(model, recipe)
+        torch.cuda.empty_cache()  # what loading took is not what a real checkpoint takes
+        torch.cuda.reset_peak_memory_stats()
+        trainer = build_trainer(small, model, data, Path(folder), [])
+        instants.attach(trainer)
+        trainer.train()
+    del trainer, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    micro, optimizer = instants.times(accumulation)
+    peaks = {part: peak - before for part, peak in instants.peaks.items()}
+    return _Trial(layers, peaks, instants.reserved - before, micro, optimizer)
+
+
+def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
+    """The plan with what the trials showed; its layers filled up to MARGIN_REHEARSED of the card."""
+    limit = plan.card.free_gib * GIB * (1 - MARGIN_REHEARSED)
+    recomputed = plan.recomputed
+    if plan.recipe.checkpointing == "auto" and work.layers.count(CHECKPOINTED) == recomputed:
+        for count in range(recomputed + 1):
+            layers = (CHECKPOINTED,) * count + (STORED,) * (len(work.layers) - count)
+            if _memory(work.replace(layers=layers), trials).reserved <= limit:
+                work = work.replace(layers=layers)
+                break
+    return plan.replace(
+        layers=work.layers,
+        memory=_memory(work, trials),
+        time=_time(work, trials, plan.accumulation),
+        basis=f"{len(trials)} rehearsals with {len(trials[0].layers)} to {len(trials[-1].layers)} layers on this GPU",
+    )
+
+
+def _memory(work: Workload, trials: list[_Trial]) -> Memory:
+    """The prediction, plus what each part of the step took more than predicted, carried to the depth of `work`."""
+    memory = predict(work)
+    base, *more = trials
+    small = [predict(_small(work, trial)) for trial in trials]
+    seen = [_missed(trial, one) for trial, one in zip(trials, small, strict=True)]
+    peaks = dict(memory.peaks)
+    for part, instants in SEEN.items():
+        if part == "load":
+            continue  # random weights are made, not read
+        missed = seen[0][part]
+        for trial, one in zip(more, seen[1:], strict=True):
+            kind = trial.layers[_first_difference(base.layers, trial.layers)]
+            grown = trial.layers.count(kind) - base.layers.count(kind)
+            missed += (one[part] - seen[0][part]) / grown * (work.layers.count(kind) - base.layers.count(kind))
+        for instant in instants:
+            if instant in peaks:
+                peaks[instant] += round(missed)
+    gaps = max(
+        0,
+        memory.gaps + max(t.reserved - max(t.peaks.values()) - one.gaps for t, one in zip(trials, small, strict=True)),
+    )
+    return Memory(peaks, memory.buckets, gaps)
+
+
+def _small(work: Workload, trial: _Trial) -> Workload:
+    accumulation = min(work.accumulation, 2)
+    model = replace(work.model, layers=len(trial.layers))
+    return work.replace(model=model, layers=trial.layers, accumulation=accumulation)
+
+
+def _missed(trial: _Trial, memory: Memory) -> dict[str, int]:
+    """Bytes that each part of the step took beyond the prediction."""
+    predicted = {part: max(memory.peaks.get(i, 0) for i in instants) for part, instants in SEEN.items()}
+    return {part: trial.peaks[part] - predicted[part] for part in SEEN}
+
+
+def _first_difference(few: tuple[str, ...], more: tuple[str, ...]) -> int:
+    return next(i for i, (a, b) in enumerate(itertools.zip_longest(few, more)) if a != b)
+
+
+def _time(work: Workload, trials: list[_Trial], accumulation: int) -> StepTime:
+    """Time of a step: each layer of a kind costs what the trials with more of them took longer."""
+    base, *more = trials
+    micro, optimizer = base.micro_batch_s, base.optimizer_s
+    for trial in more:
+        kind = trial.layers[_first_difference(base.layers, trial.layers)]
+        grown = trial.layers.count(kind) - base.layers.count(kind)
+        left = work.layers.count(kind) - base.layers.count(kind)
+        micro += (trial.micro_batch_s - base.micro_batch_s) / grown * left
+        optimizer += (trial.optimizer_s - base.optimizer_s) / grown * left
+    return StepTime(measured_s=accumulation * micro + optimizer)
+
+
+def random_rows(vocabulary: int, length: int, rows: int, count: int) -> list:
+    """`count` rows of random tokens: of each micro-batch of `rows` all but one are an eighth shorter than `length`, so
+    that a batch of several needs padding as real ones do."""
+    import random
+
+    from llamanb.data.encode import IGNORE, Encoded
+
+    source = random.Random(0)
+    made = []
+    for i in range(count):
+        size = length if i % rows == 0 else length - length // 8
+        ids = [source.randrange(vocabulary) for _ in range(size)]
+        made.append(Encoded(ids, [IGNORE, *ids[1:]]))
+    return made
+
+
+def _tokenizer():
+    """As much of a tokenizer as the trainer asks for: padding and end tokens."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<|begin_of_text|>": 1, "<|eot_id|>": 2}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<pad>",
+    )
