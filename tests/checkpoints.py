@@ -48,8 +48,11 @@ def _with_special(tokenizer, template: str | None):
     return fast
 
 
-def make_checkpoint(size: str, folder: Path, tokenizer=None, **changes) -> Path:
-    """Writes a Llama of a published shape with random bf16 weights (fp32 for `mini`), on the GPU where there is one."""
+def make_checkpoint(size: str, folder: Path, tokenizer=None, *, wide: bool = False, **changes) -> Path:
+    """Writes a Llama of a published shape with random bf16 weights (fp32 for `mini`), on the GPU where there is one.
+
+    `wide`: gate and up projections so spread that each column of their product has outliers, for int8 the worst case.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -81,10 +84,14 @@ def make_checkpoint(size: str, folder: Path, tokenizer=None, **changes) -> Path:
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
+    if wide:
+        for layer in model.model.layers:
+            for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                projection.weight.data *= 3
     model.save_pretrained(folder, max_shard_size="4GB")
     tokenizer.save_pretrained(folder)
     return Path(folder)
 
 
 if __name__ == "__main__":
-    print(make_checkpoint(sys.argv[1], Path(sys.argv[2])))
+    print(make_checkpoint(sys.argv[1], Path(sys.argv[2]), wide="wide" in sys.argv[3:]))

@@ -113,17 +113,20 @@ def _config(shape: Architecture) -> LlamaConfig:
 
 
 def _random_state(config: LlamaConfig, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Random weights by name. What is in them changes neither memory nor, as long as it is not zeros, speed."""
+    """Random weights by name. What is in them changes neither memory nor, as long as it is not zeros, speed; but for
+    int8, whose memory grows with outliers: gate and up are so wide that every column of their product has one."""
     with torch.device("meta"):
         names = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     source = torch.Generator(device).manual_seed(0)
-    return {
-        name: 0.02 * torch.randn(shape, generator=source, device=device, dtype=dtype)
-        if len(shape) > 1
-        else torch.ones(shape, device=device, dtype=dtype)
-        for name, shape in names.items()
-        if not (config.tie_word_embeddings and name == "lm_head.weight")
-    }
+
+    def random(name: str, shape: torch.Size) -> torch.Tensor:
+        if len(shape) < 2:
+            return torch.ones(shape, device=device, dtype=dtype)
+        scale = 0.06 if "gate_proj" in name or "up_proj" in name else 0.02
+        return scale * torch.randn(shape, generator=source, device=device, dtype=dtype)
+
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {name: random(name, shape) for name, shape in names.items() if name not in tied}
 
 
 def _quantization(recipe: Recipe, config, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
