@@ -20,11 +20,14 @@ _HOME = {
     "Card": "card",
     "Plan": "layout",
     "plan": "planner",
+    "rehearse": "rehearsal",
+    "trainable": "advice",
     "load_data": "data",
     "train": "training",
     "Run": "training",
     "load_adapter": "model",
     "recipe_form": "ui",
+    "plan_form": "ui",
     "LlamanbError": "errors",
 }
 __all__ = [*_HOME, "REPOSITORY", "__version__"]

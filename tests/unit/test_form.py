@@ -1,4 +1,4 @@
-"""The form through its widgets' traits, without a browser."""
+"""The forms through their widgets' traits, without a browser."""
 
 import ast
 import inspect
@@ -6,13 +6,18 @@ import inspect
 import ipywidgets
 import pytest
 
-from llamanb.errors import RecipeError
+from llamanb.card import Card
+from llamanb.cards import KNOWN
+from llamanb.errors import GpuError, ModelError, RecipeError
+from llamanb.html import escape_text
+from llamanb.planner import DoesNotFitError, plan
 from llamanb.recipe import METHODS, Recipe
 from llamanb.ui import form as form_module
-from llamanb.ui import recipe_form
+from llamanb.ui import plan_form, recipe_form
+from llamanb.ui.form import THIS_MACHINE
 
 IN_BOTH = {"Dropdown", "HBox", "HTML", "Label", "Layout", "SelectionSlider", "VBox"}
-"""What the form may use: there in ipywidgets 7.7 and in 8, with the same arguments."""
+"""What the forms may use: there in ipywidgets 7.7 and in 8, with the same arguments."""
 
 
 def test_it_starts_from_the_recipe_and_hands_it_back():
@@ -106,6 +111,194 @@ def test_it_shows_as_one_box_and_takes_nothing_but_widgets_of_both_versions(monk
     assert used <= IN_BOTH
     arguments = {keyword.arg for node in ast.walk(tree) if isinstance(node, ast.Call) for keyword in node.keywords}
     assert not arguments & {"tooltip", "description_tooltip", "description_allow_html", "border_top", "border_bottom"}
+
+
+LLAMA_8B = Recipe(model="meta-llama/Llama-3.1-8B-Instruct")
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A form must plan the known models without it."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(gpu)`: a machine with this Card, or without a GPU; counts how often it is looked at."""
+
+    def make(gpu: Card | None) -> list:
+        looked = []
+        monkeypatch.setattr(form_module, "_has_gpu", lambda: gpu is not None)
+        monkeypatch.setattr(Card, "here", classmethod(lambda cls: looked.append(1) or gpu or Card("CPU", None)))
+        return looked
+
+    return make
+
+
+def test_the_plan_form_is_a_view_of_plan(no_network):
+    form = plan_form(LLAMA_8B, "T4")
+    assert form.recipe == LLAMA_8B
+    assert form.card == KNOWN["T4"]
+    assert form.plan == plan(LLAMA_8B, "T4")
+    assert form.plan.bar()._repr_html_() in message(form)
+    assert "it fits: 16 × 1 rows of up to 1024 tokens" in message(form)
+    assert f"{form.plan.step_s:.1f} s a step, " in message(form)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field"),
+    [
+        ("method", "qlora-int8", "qlora-int8"),
+        ("rank", 64, 64),
+        ("targets", "attention", "attention"),
+        ("micro_batch_size", 4, 4),
+        ("max_length", 2048, 2048),
+        ("card", "RTX 4090", "RTX 4090"),
+    ],
+)
+def test_each_widget_moves_the_bar_at_once(name, value, field):
+    form = plan_form(LLAMA_8B, "T4")
+    before = message(form)
+    form.widgets[name].value = value
+    assert message(form) != before
+    moved = LLAMA_8B if name == "card" else LLAMA_8B.replace(**{name: field})
+    wanted = plan(moved, value if name == "card" else "T4")
+    assert form.recipe == moved
+    assert form.plan == wanted
+    assert wanted.bar()._repr_html_() in message(form)
+
+
+def test_micro_batches_are_those_that_divide_and_none_is_the_plans_choice():
+    form = plan_form(LLAMA_8B.replace(effective_batch_size=12), "T4")
+    assert form.widgets["micro_batch_size"].options[1:] == tuple((str(n), n) for n in (1, 2, 3, 4, 6, 12))
+    assert form.widgets["micro_batch_size"].label == "the plan chooses"
+    assert form.recipe.micro_batch_size is None
+    form.widgets["micro_batch_size"].value = 3
+    assert (form.recipe.micro_batch_size, form.plan.accumulation) == (3, 4)
+    form.widgets["micro_batch_size"].value = 0
+    assert form.recipe.micro_batch_size is None
+    assert plan_form(LLAMA_8B.replace(micro_batch_size=8), "T4").recipe.micro_batch_size == 8
+
+
+def test_layers_named_one_by_one_are_an_option_of_their_own():
+    form = plan_form(LLAMA_8B.replace(targets=("q_proj", "v_proj")), "T4")
+    assert form.widgets["targets"].label == "q_proj, v_proj"
+    assert form.recipe.targets == ("q_proj", "v_proj")
+    assert shown_hint(form, "targets") == "2 of the 7 matrices in every layer"
+    form.widgets["targets"].value = "all-linear"
+    assert shown_hint(form, "targets") == "7 of the 7 matrices in every layer"
+    form.widgets["method"].value = "full"
+    assert shown_hint(form, "targets").startswith("not used")
+
+
+def test_what_does_not_fit_shows_what_takes_the_room_and_what_would():
+    form = plan_form(LLAMA_8B, "T4")
+    form.widgets["method"].value = "lora"
+    with pytest.raises(DoesNotFitError) as caught:
+        _ = form.plan
+    error = caught.value
+    assert escape_text(error) in message(form)
+    assert error.plan.bar()._repr_html_() in message(form)
+    assert error.changes._repr_html_() in message(form)
+    assert "GiB too much" in message(form)
+    form.widgets["card"].value = "RTX 4090"
+    assert "it fits" in message(form)
+    assert "<table" not in message(form)
+
+
+def test_where_no_single_change_helps_no_empty_table_stands():
+    form = plan_form(LLAMA_8B.replace(model="meta-llama/Llama-3.3-70B-Instruct", method="full"), "T4")
+    assert "no single change is enough" in message(form)
+    assert "<table" not in message(form)
+
+
+def test_plan_form_explains_combinations_that_cannot_be_and_recovers():
+    form = plan_form(LLAMA_8B.replace(dora=True), "T4")
+    form.widgets["method"].value = "full"
+    assert "dora and rslora need adapters" in message(form)
+    with pytest.raises(RecipeError, match="dora and rslora"):
+        _ = form.plan
+    form.widgets["method"].value = "qlora-nf4"
+    assert "it fits" in message(form)
+
+    old = plan_form(LLAMA_8B.replace(precision="bf16"), "T4")
+    assert "bf16 matrix units begin at 8.0" in message(old)
+    with pytest.raises(GpuError):
+        _ = old.plan
+    old.widgets["card"].value = "RTX 3060"
+    assert "it fits" in message(old)
+
+
+def test_hostile_names_cannot_become_markup(no_network):
+    form = plan_form(Recipe(model=HOSTILE), "T4")
+    assert "does not exist" in message(form)
+    assert "<img" not in message(form)
+    with pytest.raises(ModelError):
+        _ = form.plan
+    own = plan_form(LLAMA_8B, Card(HOSTILE, (8, 6), 6.0, attention_gqa=("flash",)))
+    assert "at the least" in message(own)
+    assert escape_text(HOSTILE) in message(own)
+    assert "<img" not in message(own)
+
+
+def test_a_card_of_ones_own_joins_the_menu_under_its_name():
+    own = Card("T4", (7, 5), 14.56, 10.0, ("memory-efficient", "math"), ("math",))
+    form = plan_form(LLAMA_8B, own)
+    assert form.card is own
+    assert form.widgets["card"].options.count(("T4", "T4")) == 1
+    assert shown_hint(form, "card") == "10.00 of 14.56 GiB to plan with"
+    assert " a step" not in message(form), "its speed is not known"
+    assert plan_form(LLAMA_8B, Card.known("rtx4090")).widgets["card"].value == "RTX 4090"
+    with pytest.raises(GpuError, match="no card called 'T5'"):
+        plan_form(LLAMA_8B, "T5")
+
+
+def test_this_machine_is_offered_where_it_has_a_gpu_and_looked_at_once_when_chosen(machine):
+    looked = machine(KNOWN["L4"])
+    form = plan_form(LLAMA_8B, "T4")
+    assert looked == []
+    form.widgets["card"].value = THIS_MACHINE
+    form.widgets["rank"].value = 32
+    assert form.plan == plan(LLAMA_8B.replace(rank=32), "L4")
+    assert looked == [1]
+
+    machine(None)
+    assert (THIS_MACHINE, THIS_MACHINE) not in plan_form(LLAMA_8B, "T4").widgets["card"].options
+
+
+def test_without_a_card_it_starts_from_this_machine(machine):
+    machine(KNOWN["L4"])
+    assert plan_form(LLAMA_8B).plan == plan(LLAMA_8B, "L4")
+    machine(None)
+    form = plan_form(LLAMA_8B)
+    assert shown_hint(form, "card") == "no GPU: the CPU"
+    assert "no memory is predicted for a CPU" in message(form)
+
+
+def test_a_gpu_that_does_not_answer_is_said_and_another_card_can_be_taken(monkeypatch):
+    def broken(cls):
+        raise GpuError("The GPU is there but does not answer.", "lost", "restart")
+
+    monkeypatch.setattr(Card, "here", classmethod(broken))
+    form = plan_form(LLAMA_8B)
+    assert "does not answer" in shown_hint(form, "card")
+    assert "why: lost" in message(form)
+    form.widgets["card"].value = "T4"
+    assert "it fits" in message(form)
+
+
+def test_a_gpu_counts_when_nvml_lists_it_and_it_is_not_hidden(monkeypatch):
+    class Nvml:
+        nvmlDeviceGetCount = staticmethod(lambda: 1)
+
+    monkeypatch.setattr(form_module, "start_nvml", lambda: (Nvml, ""))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert form_module._has_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not form_module._has_gpu()
+    monkeypatch.setattr(form_module, "start_nvml", lambda: (None, "no driver"))
+    assert not form_module._has_gpu()
 
 
 def shown_hint(form, name: str) -> str:
