@@ -22,9 +22,9 @@ from llamanb.planner import MARGIN_REHEARSED, workload
 from llamanb.speed import StepTime
 from llamanb.tape import CHECKPOINTED, STORED, Workload
 
-FEW, MORE = 2, 3
-"""Layers of a kind in the first model, and by how many the others have more of one kind."""
-STEPS = 6
+FEW, MORE = 2, 4
+"""Layers of a kind in the first model, and by how many at most the others have more of one kind."""
+STEPS = 8
 """Optimizer steps of each: the first also compiles and warms up."""
 
 
@@ -63,7 +63,7 @@ def rehearse(plan: Plan) -> Plan:
         rows=plan.micro_batch_size,
         layers=plan.layers,
     )
-    trials = [_try(plan, shape, layers) for layers in _small_layouts(plan)]
+    trials = [_try(plan, shape, layers) for layers in _small_layouts(plan, work)]
     return _corrected(plan, work, trials)
 
 
@@ -78,15 +78,28 @@ def _require_gpu(card: Card) -> None:
         )
 
 
-def _small_layouts(plan: Plan) -> list[tuple[str, ...]]:
-    """A few layers of each kind the plan has or could have, and then more of one kind at a time."""
+def _small_layouts(plan: Plan, work: Workload) -> list[tuple[str, ...]]:
+    """A few layers of each kind the plan has or could have, and then more of one kind at a time, as far as they fit."""
     again = next((kind for kind in plan.layers if kind != STORED), CHECKPOINTED)
     if plan.recipe.checkpointing == "auto" and plan.recomputed:
         kinds = (again, STORED)
     else:
         kinds = tuple(kind for kind in (again, STORED) if kind in plan.layers)
-    base = [kind for kind in kinds for _ in range(FEW)]
-    return [tuple(base), *(tuple(sorted([*base, *[kind] * MORE])) for kind in kinds)]
+    found: list[tuple[str, ...]] = []
+    for few in range(FEW, 0, -1):
+        base = tuple(kind for kind in kinds for _ in range(few))
+        found = [base] if _fits(plan, work, base) else []
+        for kind in kinds if found else ():
+            deeper = (tuple(sorted([*base, *[kind] * more])) for more in range(MORE, 0, -1))
+            found += [layers for layers in deeper if _fits(plan, work, layers)][:1]
+        if len(found) == 1 + len(kinds):
+            break
+    return found or [(again,), (again, again)]
+
+
+def _fits(plan: Plan, work: Workload, layers: tuple[str, ...]) -> bool:
+    small = work.replace(model=replace(work.model, layers=len(layers)), layers=layers)
+    return predict(small).reserved <= plan.card.free_gib * GIB * (1 - MARGIN_REHEARSED)
 
 
 def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
@@ -96,7 +109,7 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
     from llamanb.data import TrainingData
     from llamanb.model import attach_adapters, load_model
     from llamanb.quiet import quiet_libraries
-    from llamanb.training.trainer import build_trainer
+    from llamanb.training.trainer import build_trainer, let_go
     from llamanb.watch.instants import Instants
 
     accumulation = min(plan.accumulation, 2)
@@ -123,6 +136,7 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
         trainer = build_trainer(small, model, data, Path(folder), [])
         instants.attach(trainer)
         trainer.train()
+    let_go()
     del trainer, model
     gc.collect()
     torch.cuda.empty_cache()
@@ -142,17 +156,24 @@ def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
     limit = plan.card.free_gib * GIB * (1 - MARGIN_REHEARSED)
     recomputed = plan.recomputed
     if plan.recipe.checkpointing == "auto" and work.layers.count(CHECKPOINTED) == recomputed:
-        for count in range(recomputed + 1):
-            layers = (CHECKPOINTED,) * count + (STORED,) * (len(work.layers) - count)
-            if _memory(work.replace(layers=layers), trials).reserved <= limit:
-                work = work.replace(layers=layers)
-                break
+        low, high = 0, len(work.layers)
+        while low < high:
+            middle = (low + high) // 2
+            if _memory(_with_recomputed(work, middle), trials).reserved <= limit:
+                high = middle
+            else:
+                low = middle + 1
+        work = _with_recomputed(work, low)
     return plan.replace(
         layers=work.layers,
         memory=_memory(work, trials),
         time=_time(work, trials, plan.accumulation),
         basis=f"{len(trials)} rehearsals with {len(trials[0].layers)} to {len(trials[-1].layers)} layers on this GPU",
     )
+
+
+def _with_recomputed(work: Workload, count: int) -> Workload:
+    return work.replace(layers=(CHECKPOINTED,) * count + (STORED,) * (len(work.layers) - count))
 
 
 def _memory(work: Workload, trials: list[_Trial]) -> Memory:

@@ -60,12 +60,13 @@ class LinearLayers:
         mask = dropped = None
         if self.work.dropout:
             mask = new(N * inputs)
-            dropped = new(e * N * inputs)
+            dropped = new((e if widened is None else 4) * N * inputs)
             if leaf:  # no gradient goes back through it
                 free(mask)
                 mask = None
         cast_a = new(e * self.work.rank * inputs) if self.half else None
         own = new(e * N * inputs) if widened is not None else None
+        narrowed, dropped = (widened, dropped), None if own is not None else dropped
         low = new(e * N * self.work.rank)
         cast_b = new(e * self.work.rank * outputs) if self.half else None
         if not stop:
@@ -79,7 +80,7 @@ class LinearLayers:
         else:
             total = None
             free(out)
-        free(widened)
+        free(*(narrowed if own is not None else ()))
         if save:
             self.keep(cast_a, low, cast_b, own, mask, dropped)
             kept[name] = (cast_a, low, cast_b, own, mask, dropped)
@@ -163,6 +164,10 @@ class LinearLayers:
             if own is not None:
                 wide = new(4 * N * inputs)
                 free(through)
+                if mask is not None:
+                    masked = new(4 * N * inputs)
+                    free(wide, mask)
+                    wide = masked
             elif mask is not None:
                 wide = new(e * N * inputs)
                 free(through, mask)
@@ -175,6 +180,8 @@ class LinearLayers:
                 free(wide)
             if acc is not None and (own is not None or mask is not None):
                 free(through)
+        else:
+            free(x)  # it was held for another layer's adapter
         if leaf:
             return None
         if self.work.quantization is not None:

@@ -118,9 +118,8 @@ class Step(DecoderLayer):
             free(embedded)
         self.tape.mark(HEAD)
         hidden = self.loss(y)
+        free(*self.casts)
         self.tape.mark(HEAD_BACKWARD)
-        for slot in self.casts:
-            free(slot)
         gradient = self.norm_backward(self.loss_backward(hidden), final, None)
         for i in reversed(range(len(layers))):
             self.tape.mark(BACKWARD if layers[i] == STORED else RECOMPUTED)

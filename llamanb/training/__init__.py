@@ -45,7 +45,7 @@ def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
     from llamanb import plots
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model, write_model_card
-    from llamanb.training.trainer import StopAfter, build_trainer, use_threads_that_pay, warn_of_gaps
+    from llamanb.training.trainer import StopAfter, build_trainer, let_go, use_threads_that_pay, warn_of_gaps
     from llamanb.watch.live import LiveView
 
     recipe = plan.recipe
@@ -69,7 +69,10 @@ def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
     view = LiveView(sampler)
     trainer = build_trainer(plan, model, data, folder, [view, *callbacks])
     sampler.phase("train")
-    result = trainer.train()
+    try:
+        result = trainer.train()
+    finally:
+        let_go()
     sampler.phase("save")  # before anything else can fail
     saved = save_model(model, data.tokenizer, plan, folder)
 

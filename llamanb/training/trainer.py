@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -79,6 +80,12 @@ def widen_trained(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+
+
+def let_go() -> None:
+    """Lets go of embeddings: the Trainer registers them with bitsandbytes' GlobalOptimManager, which would hold
+    them on the GPU, 1 GiB of 8B, for as long as the process lives."""
+    GlobalOptimManager.get_instance().initialize()
 
 
 def warn_of_gaps() -> None:
