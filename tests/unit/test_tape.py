@@ -1,0 +1,179 @@
+"""The tape held to recorded trainings, and what has to be true of every one."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from llamanb.architecture import Architecture
+from llamanb.memory import outline, replay, tape_peaks
+from llamanb.planner import MEASURED_WITH
+from llamanb.recipe import LINEAR_LAYERS
+from llamanb.tape import (
+    BACKWARD,
+    CHECKPOINTED,
+    EMPTIED,
+    FORWARD,
+    HEAD,
+    HEAD_BACKWARD,
+    LOAD,
+    OFFLOADED,
+    RECOMPUTED,
+    STEP,
+    STORED,
+    Workload,
+    record,
+    record_steady,
+)
+from llamanb.tape.workload import (
+    ADAPTERS,
+    CONSTANTS,
+    EMBEDDINGS,
+    GRADIENTS,
+    KERNELS,
+    LIBRARIES,
+    OPTIMIZER,
+    WEIGHTS,
+)
+from tests import traces
+
+OUTLIERS = "int8_1b"
+"""int8 multiplies columns with outliers apart; how many lies in the values: down_proj is planned for all."""
+OVER = {"bf_pad_none": 0.01, "math_all": 0.02}
+"""Predicted higher than recorded by more than half a percent, in some part: masks, and scores of the math kernel."""
+RESERVED = {"full_none": 0.07, "t4fp32": 0.09}
+"""Where more than 3 % of what torch reserved is missing."""
+LATE = {"1b_none", *(case for case in traces.names() if traces.read(case).case.get("t4"))}
+"""In these recordings cuBLAS took its 64 MiB in the first step and not before loading."""
+CASES = sorted({*traces.names()} - {OUTLIERS})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_predicts_what_was_recorded(case):
+    trace = traces.read(case)
+    replayed = replay(record(trace.work), expandable=trace.expandable)
+    assert -0.005 < replayed.peak_allocated / max(trace.peaks.values()) - 1 < OVER.get(case, 0.005)
+    assert replayed.peak_reserved == pytest.approx(trace.reserved, rel=RESERVED.get(case, 0.03))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_predicts_the_peak_of_each_part(case):
+    trace = traces.read(case)
+    found = _totals(record(trace.work))
+    predicted = {
+        traces.LOADING: found[LOAD] - (64 * 2**20 if case in LATE else 0),
+        traces.FORWARD: max(found[FORWARD], found[HEAD]),
+        traces.BACKWARD: max(found.get(name, 0) for name in (HEAD_BACKWARD, BACKWARD, RECOMPUTED)),
+        traces.STEP: found[STEP],
+    }
+    for part, most in trace.peaks.items():
+        assert -0.005 < predicted[part] / most - 1 < OVER.get(case, 0.005), part
+
+
+def test_outliers_are_planned_for():
+    trace = traces.read(OUTLIERS)
+    assert 0 <= max(_totals(record(trace.work)).values()) / max(trace.peaks.values()) - 1 < 0.10
+
+
+def test_recordings_are_of_the_versions_that_plans_count_on():
+    assert all(traces.read(case).versions == MEASURED_WITH for case in traces.names())
+
+
+TINY = Architecture(
+    name="small",
+    hidden=64,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    intermediate=160,
+    vocabulary=512,
+    tied=False,
+    max_positions=4096,
+)
+LAYOUTS = (
+    (STORED,) * 3,
+    (CHECKPOINTED,) * 3,
+    (OFFLOADED,) * 3,
+    (CHECKPOINTED, CHECKPOINTED, STORED),
+    (OFFLOADED, STORED, STORED),
+)
+TARGETS = (LINEAR_LAYERS, LINEAR_LAYERS[:4], ("q_proj", "v_proj"), ("k_proj", "up_proj"), ("down_proj",))
+METHODS = ("nf4", "fp4", "int8", "lora", "full")
+LASTING = {WEIGHTS, CONSTANTS, EMBEDDINGS, ADAPTERS, OPTIMIZER, LIBRARIES}
+
+
+def make(method="nf4", layers=LAYOUTS[0], model=TINY, **fields) -> Workload:
+    fields = {"rows": 2, "length": 96, "rank": 8, **fields}
+    return Workload(
+        model=replace(model, layers=len(layers)),
+        layers=layers,
+        quantization=None if method in ("lora", "full") else method,
+        full=method == "full",
+        **fields,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_all_that_is_made_is_freed_once_and_only_what_lasts_stays(method, dtype):
+    for kernel, layers, dropout, targets, rows, tied in itertools.product(
+        KERNELS, LAYOUTS, (False, True), TARGETS, (1, 3), (False, True)
+    ):
+        if method == "full" and (dropout or targets != LINEAR_LAYERS):
+            continue
+        work = make(
+            method,
+            layers,
+            replace(TINY, tied=tied),
+            dtype=dtype,
+            kernel=kernel,
+            dropout=dropout,
+            targets=targets,
+            rows=rows,
+            accumulation=1 + rows,
+        )
+        assert _left(record(work)) <= LASTING, work
+        assert _left(record_steady(work)) <= {*LASTING, GRADIENTS}, work
+
+
+def test_a_step_of_one_micro_batch_makes_its_gradients_anew():
+    assert _left(record(make(accumulation=1))) == _left(record(make(accumulation=4)))
+
+
+def test_a_mask_is_needed_where_several_rows_differ_in_length():
+    def totals(**fields):
+        return max(_totals(record(make(kernel="flash", length=512, **fields))).values())
+
+    assert totals(rows=2, padded=True) > totals(rows=2, padded=False)
+    assert totals(rows=1, padded=True) == totals(rows=1, padded=False)
+
+
+@pytest.mark.parametrize("case", ["t4_all", "off_all", "lora_all", "full_all"])
+def test_layers_that_are_kept_cost_memory(case):
+    work = traces.read(case).work
+    more = [work.replace(layers=(work.layers[0],) * (3 - stored) + (STORED,) * stored) for stored in range(4)]
+    peaks = [outline(one).allocated for one in more]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] > peaks[0]
+
+
+def test_the_cache_is_emptied_once_after_loading():
+    marks = [name for _, name in record(make()).marks]
+    assert marks.count(EMPTIED) == 1
+    assert marks.index(EMPTIED) < marks.index(FORWARD)
+
+
+def _totals(tape):
+    return {instant: sum(buckets.values()) for instant, buckets in tape_peaks(tape).items()}
+
+
+def _left(tape) -> set[str]:
+    """Buckets of what is alive at the end of a tape; a second free of anything is a KeyError."""
+    living = set()
+    for event in tape.events:
+        if event > 0:
+            living.add(event)
+        else:
+            living.remove(-event)
+    return {tape.buckets[slot - 1] for slot in living}
