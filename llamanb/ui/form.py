@@ -49,10 +49,12 @@ class RecipeForm:
         margin = ipywidgets.Layout(margin="2px 0 2px 1em")
         self._hints = {name: ipywidgets.Label(layout=margin) for name in self.widgets}
         self._message = ipywidgets.HTML(layout=ipywidgets.Layout(margin="0.5em 0 0 2px"))  # a Label would not wrap
+        self._table = ipywidgets.HTML(layout=ipywidgets.Layout(align_self="flex-start"))
+        self._table.add_class("jp-RenderedHTMLCommon")  # as tables look in any other output of JupyterLab
         for widget in self.widgets.values():
             widget.observe(self._show, names="value")
         rows = [ipywidgets.HBox([widget, self._hints[name]]) for name, widget in self.widgets.items()]
-        self._box = ipywidgets.VBox([*rows, self._message])
+        self._box = ipywidgets.VBox([*rows, self._message, self._table])
         self._show()
 
     @property
@@ -103,16 +105,16 @@ class RecipeForm:
     def _show(self, change=None) -> None:
         for name, label in self._hints.items():
             label.value = self.hint(name)
-        self._message.value = self._below()
+        self._message.value, self._table.value = self._below()
 
-    def _below(self) -> str:
-        """HTML of what stands under the widgets."""
+    def _below(self) -> tuple[str, str]:
+        """HTML of the words and of the table that stand under the widgets."""
         try:
             recipe = self.recipe
         except RecipeError as error:
-            return paragraph(error)
+            return paragraph(error), ""
         length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
-        return paragraph(f"model {recipe.model} · rows {recipe.dataset} · {recipe.method} · {length}")
+        return paragraph(f"model {recipe.model} · rows {recipe.dataset} · {recipe.method} · {length}"), ""
 
     def _ipython_display_(self) -> None:
         display(self._box)
@@ -147,7 +149,7 @@ class PlanForm(RecipeForm):
             card = self.card
         except LlamanbError:
             return "does not answer"
-        return f"{card.free_gib:.2f} of {card.vram_gib:.2f} GiB to plan with" if card.is_gpu else "no GPU: the CPU"
+        return f"{card.free_gib:.2f} of {card.vram_gib:.2f} GiB for tensors" if card.is_gpu else "no GPU: the CPU"
 
     @functools.cached_property
     def _here(self) -> Card:
@@ -157,18 +159,21 @@ class PlanForm(RecipeForm):
         card = self._widget("card", self._first_card, [(name, name) for name in self._cards])
         return {**super()._make_widgets(), "card": card}
 
-    def _below(self) -> str:
+    def _below(self) -> tuple[str, str]:
         try:
             made = self.plan
         except DoesNotFitError as error:
-            return paragraph(error) + join(error.plan.bar(), error.changes if error.changes.rows else None)
+            words, bar = paragraph(error), error.plan.bar()
+            if bar.total <= bar.limit:
+                words += paragraph("What is left beside it is the margin that a prediction leaves free.")
+            return words + join(bar), join(error.changes) if error.changes.rows else ""
         except LlamanbError as error:
-            return paragraph(error)
+            return paragraph(error), ""
         facts = {fact: (value, why) for fact, value, why in made.table().rows}
         text = "it fits" if made.memory else "no memory is predicted for a CPU"
         text += f": {facts['optimizer step'][0]}, activations {facts['activations'][0]}"
         text += "\n{}, {}".format(*facts["time"]) if made.time else ""
-        return paragraph(text) + join(made.bar())
+        return paragraph(text) + join(made.bar()), ""
 
 
 def _has_gpu() -> bool:

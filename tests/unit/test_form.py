@@ -1,6 +1,7 @@
 """The forms through their widgets' traits, without a browser."""
 
 import ast
+import dataclasses
 import inspect
 
 import ipywidgets
@@ -207,6 +208,16 @@ def test_what_does_not_fit_shows_what_takes_the_room_and_what_would():
     assert "<table" not in message(form)
 
 
+def test_what_is_over_by_its_margin_only_says_so():
+    fits = plan_form(LLAMA_8B, "T4")
+    smaller = dataclasses.replace(KNOWN["T4"], free_gib=fits.plan.needs_gib / 0.985)
+    form = plan_form(LLAMA_8B.replace(micro_batch_size=1, checkpointing="none"), smaller)
+    assert "GiB left" in message(form)
+    assert "the margin that a prediction leaves free" in message(form)
+    form.widgets["method"].value = "lora"
+    assert "the margin that" not in message(form)
+
+
 def test_where_no_single_change_helps_no_empty_table_stands():
     form = plan_form(LLAMA_8B.replace(model="meta-llama/Llama-3.3-70B-Instruct", method="full"), "T4")
     assert "no single change is enough" in message(form)
@@ -247,7 +258,7 @@ def test_a_card_of_ones_own_joins_the_menu_under_its_name():
     form = plan_form(LLAMA_8B, own)
     assert form.card is own
     assert form.widgets["card"].options.count(("T4", "T4")) == 1
-    assert shown_hint(form, "card") == "10.00 of 14.56 GiB to plan with"
+    assert shown_hint(form, "card") == "10.00 of 14.56 GiB for tensors"
     assert " a step" not in message(form), "its speed is not known"
     assert plan_form(LLAMA_8B, Card.known("rtx4090")).widgets["card"].value == "RTX 4090"
     with pytest.raises(GpuError, match="no card called 'T5'"):
@@ -308,5 +319,5 @@ def shown_hint(form, name: str) -> str:
 
 
 def message(form) -> str:
-    """What stands below them all."""
-    return form._box.children[-1].value
+    """What stands below them all: words, and a table."""
+    return "".join(part.value for part in form._box.children[-2:])
