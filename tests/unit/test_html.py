@@ -1,7 +1,7 @@
 import pytest
 
 from llamanb.errors import LlamanbError
-from llamanb.html import Table, escape_text
+from llamanb.html import Bar, Table, escape_text, join
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,66 @@ def test_an_error_says_what_why_and_how_to_fix():
     error = LlamanbError("it broke", "it was old", "buy a new one")
     assert str(error) == "it broke\n  why: it was old\n  fix: buy a new one"
     assert error._render_traceback_() == ["LlamanbError: it broke", "  why: it was old", "  fix: buy a new one"]
+
+
+HOSTILE = ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "' onload='x", '"><svg/onload=x>')
+
+
+def test_a_bar_shows_its_parts_to_scale_and_what_is_left():
+    text = str(Bar({"weights": 4.0, "activations": 2.0}, 8.0, "GiB", "memory"))
+    caption, row, summary, *names = text.splitlines()
+    assert caption == "memory"
+    assert row == "a" * 30 + "b" * 15 + "." * 15 + "|"
+    assert summary == "6.00 of 8.00 GiB: 2.00 GiB left"
+    assert [name.split() for name in names] == [["a", "4.00", "weights"], ["b", "2.00", "activations"]]
+
+
+def test_what_goes_over_the_limit_is_marked():
+    bar = Bar({"weights": 6.0, "activations": 6.0}, 8.0, "GiB")
+    row, summary, *_ = str(bar).splitlines()
+    assert row == "a" * 45 + "b" * 15 + "|" + "b" * 30
+    assert summary == "12.00 of 8.00 GiB: 4.00 GiB too much"
+    html = bar._repr_html_()
+    assert "4.00 GiB too much" in html
+    assert "left:66.67%" in html  # the limit's line, and the bar goes on behind it
+    assert html.count("width:50.00%") == 2
+
+
+def test_a_bar_far_over_its_limit_ends_somewhere():
+    row = str(Bar({"weights": 1e6}, 1.0, "GiB")).splitlines()[0]
+    assert len(row) == 2 * Bar.WIDTH + 1
+
+
+def test_the_colours_of_a_bar_fill_it_up_to_the_limit():
+    html = Bar({"weights": 4.0, "activations": 2.0}, 8.0, "GiB", "memory")._repr_html_()
+    assert ("width:50.00%" in html, "width:25.00%" in html, "left:100.00%" in html) == (True, True, True)
+    assert "aria-label='6.00 of 8.00 GiB: 2.00 GiB left'" in html
+    assert "weights: 4.00 GiB" in html
+
+
+@pytest.mark.parametrize("parts", [{}, {"nothing": 0.0}, {"weights": 1.0}])
+def test_a_limit_of_zero_divides_nothing(parts):
+    bar = Bar(parts, 0.0, "GiB")
+    assert "of 0.00 GiB" in str(bar)
+    assert "nan" not in bar._repr_html_()
+
+
+def test_many_parts_have_colours_again():
+    bar = Bar({f"part {i}": 1.0 for i in range(15)}, 15.0, "GiB")
+    assert bar._repr_html_().count(Bar.COLORS[0]) == 4  # two parts, a piece and a name each
+    assert "part 14" in str(bar)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_names_and_captions_of_a_bar_show_as_text(hostile):
+    html = Bar({hostile: 1.0}, 2.0, hostile, hostile)._repr_html_()
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "<svg" not in html
+    assert "onload='" not in html
+
+
+def test_pieces_are_joined_in_order_and_none_is_left_out():
+    table, bar = Table(["a"], [["1"]]), Bar({"b": 1.0}, 1.0, "GiB")
+    assert join(table, None, bar) == table._repr_html_() + bar._repr_html_()
+    assert join(None) == ""

@@ -1,0 +1,119 @@
+"""A plan as it is shown and kept; how it is chosen is tests/unit/test_planner.py's."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from llamanb import Card, Recipe, plan, planner
+from llamanb.layout import GIB, Plan, _duration
+
+EIGHT = "meta-llama/Llama-3.1-8B-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def measured_versions(monkeypatch):
+    monkeypatch.setattr(planner, "_other_versions", lambda: ())
+
+
+@pytest.fixture
+def made():
+    return plan(Recipe(model=EIGHT, steps=100), "RTX 3060")
+
+
+def test_the_table_has_every_choice_with_its_reason(made):
+    cells = {row[0]: row[1:] for row in made.table().rows}
+    assert list(cells) == [
+        "arithmetic",
+        "optimizer step",
+        "activations",
+        "attention",
+        "optimizer",
+        "memory",
+        "time",
+        "predicted from",
+    ]
+    assert cells["optimizer step"][0] == f"{made.accumulation} × {made.micro_batch_size} rows of up to 1024 tokens"
+    assert f"{made.recomputed} layers recomputed" in cells["activations"][0]
+    assert f"{32 - made.recomputed} layers kept" in cells["activations"][0]
+    assert cells["memory"][0] == f"{made.needs_gib:.2f} of {made.card.free_gib:.2f} GiB"
+    assert made.memory.instant in cells["memory"][1]
+    assert cells["time"][1].endswith("for 100 steps")
+    assert all(why for name, (_, why) in cells.items() if name != "predicted from")
+
+
+def test_the_bar_adds_up_to_what_the_card_has_to_give(made):
+    bar = made.bar()
+    assert bar.total == pytest.approx(made.needs_gib + made.card.context_gib)
+    assert bar.limit == pytest.approx(made.card.vram_gib)
+    assert list(bar.parts)[-2:] == ["fragmentation", "CUDA context"]
+    assert all(bar.parts.values())
+    assert made.memory.instant in bar.caption
+
+
+def test_a_card_of_unknown_context_has_none_in_the_bar(made):
+    assert "CUDA context" not in made.replace(card=Card("x", (8, 6), 12.0)).bar().parts
+
+
+def test_other_layouts_are_listed_with_why_they_were_not_taken(made):
+    rows = made.others().rows
+    assert [row[0] for row in rows] == [16, 8, 4, 2]
+    assert all("slower" in row[-1] or "GiB more" in row[-1] for row in rows)
+    assert made.replace(alternatives=()).others() is None
+
+
+def test_all_pieces_are_shown(made):
+    for piece in (made.table(), made.bar(), made.others()):
+        assert str(piece) in str(made)
+        assert piece._repr_html_() in made._repr_html_()
+
+
+def test_a_plan_for_a_cpu_has_no_predictions():
+    made = plan(Recipe(), Card("CPU", None))
+    assert (made.memory, made.time, made.bar(), made.others()) == (None, None, None, None)
+    assert (made.needs_gib, made.step_s) == (None, None)
+    assert made._repr_html_() == made.table()._repr_html_()
+    assert "kept for the backward pass" in str(made)
+
+
+def test_time_is_counted_for_the_run_or_for_a_thousand_rows(made):
+    def words(**changes):
+        return made.replace(**changes)._run_time()
+
+    assert words(steps=None).endswith("for 1,000 rows of 1024")
+    assert "ends it at" not in words()
+    short = replace(made.recipe, stop_after_min=1.0)
+    share = 60 / (100 * made.step_s)
+    assert words(recipe=short).endswith(f"stop_after_min = 1 ends it at about {share:.0%}")
+    assert "ends it at" not in words(recipe=short, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0123, "12 ms"),
+        (1, "1.0 s"),
+        (119, "119.0 s"),
+        (120, "2 min"),
+        (7199, "120 min"),
+        (7200, "2.0 h"),
+        (90000, "25.0 h"),
+    ],
+)
+def test_durations_have_the_unit_a_person_would_use(seconds, text):
+    assert _duration(seconds) == text
+
+
+def test_hostile_names_show_as_text(made):
+    hostile = "<script>alert(1)</script>"
+    html = made.replace(card=replace(made.card, name=hostile), recipe=replace(made.recipe, model=hostile))._repr_html_()
+    assert "<script" not in html
+
+
+def test_json_is_plain_and_read_back_whole(made):
+    text = made.to_json()
+    assert json.loads(text)["memory"]["peaks"] == made.memory.peaks
+    again = Plan.from_json(text)
+    assert again == made
+    assert again.needs_gib == made.memory.reserved / GIB
+    assert str(again) == str(made)

@@ -1,0 +1,90 @@
+"""The estimate of a step's time: what it is made of, and what changes it."""
+
+import dataclasses
+
+import pytest
+
+from llamanb import Card
+from llamanb.architecture import architecture
+from llamanb.speed import flops, step_time
+from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
+
+EIGHT = architecture("meta-llama/Llama-3.1-8B-Instruct")
+T4 = Card.known("T4")
+
+
+def make(kind=STORED, **fields) -> Workload:
+    return Workload(**{"model": EIGHT, "rows": 2, "length": 1024, "layers": (kind,) * EIGHT.layers, **fields})
+
+
+def test_twice_the_tokens_take_about_twice_the_gpu():
+    one, two = (step_time(make(rows=rows), T4, 4) for rows in (2, 4))
+    assert 1.8 < two.gpu_s / one.gpu_s < 2.05
+    assert two.matrix_s == pytest.approx(2 * one.matrix_s)
+
+
+def test_longer_rows_cost_more_attention():
+    short, long = (step_time(make(rows=rows, length=length), T4, 1) for rows, length in ((8, 512), (1, 4096)))
+    assert long.matrix_s == pytest.approx(short.matrix_s)
+    assert long.attention_s == pytest.approx(8 * short.attention_s)
+
+
+def test_twice_the_micro_batches_take_twice_as_long():
+    one, two = (step_time(make(), T4, accumulation) for accumulation in (4, 8))
+    assert two.matrix_s == pytest.approx(2 * one.matrix_s)
+    assert two.step_s == pytest.approx(2 * one.step_s, rel=0.05)  # the optimizer steps once
+
+
+@pytest.mark.parametrize(
+    ("full", "share"),
+    [(True, 1 / 3), (False, 1 / 2)],  # frozen weights: a second forward beside one forward and one product backward
+)
+def test_recomputing_costs_a_forward_more(full, share):
+    fields = {"full": full, "quantization": None if full else "nf4"}
+    again, kept = (step_time(make(kind, **fields), T4, 1).matrix_s for kind in (CHECKPOINTED, STORED))
+    assert 0.85 * share < again / kept - 1 < share  # the head is not recomputed
+
+
+def test_offloading_adds_its_copies():
+    again, offloaded = (step_time(make(kind), T4, 1) for kind in (CHECKPOINTED, OFFLOADED))
+    copied = 2 * EIGHT.layers * 2048 * EIGHT.hidden * 2
+    assert again.link_s == 0
+    assert offloaded.link_s == pytest.approx(copied / (T4.host_link_gbs * 1e9))
+    assert offloaded.matrix_s == again.matrix_s
+
+
+def test_arithmetic_is_six_a_weight_and_token_and_four_where_weights_are_frozen():
+    weights = EIGHT.layers * EIGHT.layer_linear_parameters
+    head = 4 * 2 * EIGHT.embedding_parameters
+    full, _ = flops(make(full=True, quantization=None))
+    frozen, _ = flops(make(rank=1))
+    assert full == pytest.approx(2048 * (6 * weights + head))
+    assert frozen == pytest.approx(2048 * (4 * weights + head * 3 / 4), rel=0.002)
+
+
+def test_attention_counts_half_of_the_scores():
+    _, attention = flops(make())
+    forward = 2 * 2 * 2 * 1024 * 1024 * EIGHT.q / 2  # two products, two operations each, rows, queries, half the keys
+    assert attention == pytest.approx(3.5 * EIGHT.layers * forward)
+
+
+def test_fp32_is_slower():
+    assert step_time(make(dtype="fp32"), T4, 1).matrix_s > 4 * step_time(make(), T4, 1).matrix_s
+
+
+def test_a_step_waits_for_the_slower_of_python_and_gpu():
+    patient = dataclasses.replace(T4, launch_us=100_000.0)
+    waiting = step_time(make(), patient, 1)
+    assert waiting.step_s == waiting.launch_s > waiting.gpu_s
+    busy = step_time(make(rows=8), T4, 1)
+    assert busy.step_s == busy.gpu_s == busy.matrix_s + busy.attention_s + busy.memory_s + busy.link_s
+
+
+@pytest.mark.parametrize("unknown", ["tflops", "bandwidth_gbs"])
+def test_an_unknown_speed_gives_no_time(unknown):
+    assert step_time(make(), dataclasses.replace(T4, **{unknown: None}), 1) is None
+
+
+@pytest.mark.parametrize("unknown", ["host_link_gbs", "launch_us"])
+def test_of_the_rest_a_usual_figure_is_taken(unknown):
+    assert step_time(make(OFFLOADED), dataclasses.replace(T4, **{unknown: None}), 1).step_s > 0
