@@ -40,11 +40,10 @@ SEEN = {
     "optimizer step": (STEP,),
 }
 """What can be told apart from outside, and the instants in it."""
-REPLAYED = 16
-"""Layers of the replay. Gaps hardly grow beyond: 8B at 4 × 512 tokens leaves 130 MiB with 8 and 16 layers, 190 with 32
-(benchmarks/results/memory.md)."""
+REPLAYED = 32
+"""Layers of the replay, to be done in 50 ms; deeper models have a few gaps more, GAPS_PER_LAYER."""
 GAPS_PER_LAYER = 3 * 2**20
-"""Bytes by which the gaps grow with each layer that is not replayed."""
+"""Bytes: 8B at 4 × 512 tokens leaves 130 MiB of gaps with 16 layers and 190 with 32."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,9 @@ def predict(work: Workload, *, expandable: bool = True) -> Memory:
     """Memory of a workload; `expandable` as in allocator.Allocator."""
     found = outline(work)
     totals = {instant: sum(buckets.values()) for instant, buckets in found.peaks.items()}
-    return Memory(totals, found.peaks[max(totals, key=totals.get)], gaps(work, expandable=expandable))
+    whole, gaps = replayed(work, expandable=expandable)
+    totals = {instant: total + whole for instant, total in totals.items()}
+    return Memory(totals, found.peaks[max(totals, key=totals.get)], gaps)
 
 
 def outline(work: Workload) -> Outline:
@@ -151,21 +152,23 @@ def tape_peaks(tape: Tape) -> dict[str, dict[str, int]]:
     return found
 
 
-def gaps(work: Workload, *, expandable: bool = True) -> int:
-    """Bytes that the allocator reserves at its peak beyond those allocated at theirs."""
+def replayed(work: Workload, *, expandable: bool = True) -> tuple[int, int]:
+    """What the allocator adds, in bytes: to what is allocated, where it gives larger blocks than it was asked for (only
+    without expandable segments), and on top of that to what is reserved."""
     depth = len(work.layers)
-    if depth > REPLAYED:
-        stored = sum(kind == STORED for kind in work.layers)
-        few = round(stored * REPLAYED / depth)
-        small = _cut(work, work.layers[: REPLAYED - few] + work.layers[depth - few :])
-        return _replayed_gaps(small, expandable) + (depth - REPLAYED) * GAPS_PER_LAYER
-    return _replayed_gaps(work, expandable)
+    if depth <= REPLAYED:
+        return _replayed(work, expandable)
+    stored = sum(kind == STORED for kind in work.layers)
+    few = round(stored * REPLAYED / depth)
+    whole, gaps = _replayed(_cut(work, work.layers[: REPLAYED - few] + work.layers[depth - few :]), expandable)
+    return round(whole * depth / REPLAYED), gaps + (depth - REPLAYED) * GAPS_PER_LAYER
 
 
 @functools.lru_cache(maxsize=64)
-def _replayed_gaps(work: Workload, expandable: bool) -> int:
+def _replayed(work: Workload, expandable: bool) -> tuple[int, int]:
     allocator = replay(record(work), expandable=expandable)
-    return allocator.peak_reserved - allocator.peak_allocated
+    asked = 0 if expandable else allocator.peak_allocated - outline(work).allocated
+    return max(0, asked), allocator.peak_reserved - allocator.peak_allocated
 
 
 def replay(tape: Tape, *, expandable: bool = True) -> Allocator:

@@ -16,7 +16,7 @@ from llamanb.card import Card
 from llamanb.errors import LlamanbError, RecipeError
 from llamanb.html import Table
 from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
-from llamanb.memory import Memory, gaps, outline, predict
+from llamanb.memory import Memory, outline, predict, replayed
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime, step_time
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
@@ -251,7 +251,7 @@ def _replayed(candidate: _Candidate, card: Card, limit: float, recipe: Recipe) -
         one_more = _with_recomputed(work, candidate.recomputed + 1, CHECKPOINTED)
         memory = Memory(**{**vars(_guess(one_more)), "gaps": memory.gaps})
         if memory.reserved <= limit:
-            memory = Memory(**{**vars(memory), "gaps": gaps(one_more)})
+            memory = Memory(**{**vars(memory), "gaps": replayed(one_more)[1]})
         work = one_more
         candidate = _Candidate(work, memory, step_time(work, card, work.accumulation))
     return _Candidate(work, memory, candidate.time)

@@ -194,10 +194,8 @@ def _memory(work: Workload, trials: list[_Trial]) -> Memory:
         for instant in instants:
             if instant in peaks:
                 peaks[instant] += round(missed)
-    gaps = max(
-        0,
-        memory.gaps + max(t.reserved - max(t.peaks.values()) - one.gaps for t, one in zip(trials, small, strict=True)),
-    )
+    beyond = [t.reserved - max(t.peaks.values()) - one.gaps for t, one in zip(trials, small, strict=True)]
+    gaps = memory.gaps + max(0, min(beyond))
     return Memory(peaks, memory.buckets, gaps)
 
 

@@ -129,8 +129,11 @@ class Step(DecoderLayer):
             x = saved[i] if layers[i] == CHECKPOINTED else new(self.stream * self.tokens * self.hidden, ACTIVATIONS)
             self.casts = []
             _, kept = self.layer(x, save=True, first=i == 0, recompute=True)
+            unread = not self.shared or (i == 0 and not work.full)  # the norm has not kept it
+            if unread and layers[i] == OFFLOADED:
+                free(x)
             gradient = self.layer_backward(i, gradient, kept)
-            if not self.shared or (i == 0 and not work.full):
+            if unread and layers[i] == CHECKPOINTED:
                 free(x)
         if work.full:
             embedding = new(4 * work.model.embedding_parameters, GRADIENTS)
