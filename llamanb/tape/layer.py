@@ -16,6 +16,8 @@ class DecoderLayer(Attention):
         free(square)
         root = new(4 * self.tokens)
         scaled = new(4 * n)
+        if not save:
+            free(root, wide)
         narrow = new(2 * n) if copied else None
         y = new(self.stream * n)
         free(narrow)
@@ -23,7 +25,6 @@ class DecoderLayer(Attention):
             free(scaled)
         free(variance)
         if not save:
-            free(root, wide)
             return y, ()
         self.keep(wide, root, scaled)
         return y, (wide if copied else x, root, scaled if self.work.full else None)
@@ -126,11 +127,21 @@ class DecoderLayer(Attention):
         self.free(y)
         return None
 
+    def before_recompute(self, i: int, gradient: int) -> dict:
+        """What a recomputed layer's backward does before it meets the first tensor that must be recomputed."""
+        if self.work.full:
+            return {}
+        if "down_proj" in self.targets:
+            return {"scaled": self.new(self.e * self.tokens * self.hidden)}
+        return {"passed": self.linear_backward(i, "down_proj", gradient, {}, None, None)}
+
     def layer_backward(self, i: int, gradient: int, kept: dict) -> int:
         """Returns the gradient of the layer's input; the residual's is added in place."""
         new, free, N, e = self.new, self.free, self.tokens, self.e
         narrow = new(e * N * self.hidden) if self.stream != e else None
-        product = self.linear_backward(i, "down_proj", gradient, kept, None, kept["product"])
+        product = kept.pop("passed", None)
+        if product is None:
+            product = self.linear_backward(i, "down_proj", gradient, kept, None, kept["product"])
         free(narrow)
         activated, up = new(e * N * self.wide), new(e * N * self.wide)
         free(product, kept["up"], kept["activated"])

@@ -149,7 +149,9 @@ class LinearLayers:
         through = None
         if name in self.targets:
             cast_a, low, cast_b, own, mask, dropped = kept[name]
-            scaled = new(e * N * outputs)
+            scaled = kept.pop("scaled", None) if name == "down_proj" else None
+            if scaled is None:
+                scaled = new(e * N * outputs)
             gradient_b = new(e * self.work.rank * outputs)
             gradient_low = new(e * N * self.work.rank)
             free(scaled, cast_b, low)

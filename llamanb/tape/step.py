@@ -45,7 +45,10 @@ class Step(DecoderLayer):
         per_weight = {None: width, "int8": 1}.get(work.quantization, 0.5)
         linear = model.layers * model.layer_linear_parameters
         rest = model.parameters - linear
-        free(new(int(rest * width + linear * per_weight)))  # transformers asks for all of it once, and gives it back
+        unused = -work.blas_workspace % (20 * 2**20)
+        free(
+            new(int(rest * width + linear * per_weight) - unused)
+        )  # transformers asks for all of it, and gives it back
         for _ in range(1 if model.tied else 2):
             new(width * model.embedding_parameters, EMBEDDINGS)
         for _ in range(model.layers):
@@ -126,13 +129,14 @@ class Step(DecoderLayer):
             if layers[i] == STORED:
                 gradient = self.layer_backward(i, gradient, saved[i])
                 continue
+            begun = self.before_recompute(i, gradient)
             x = saved[i] if layers[i] == CHECKPOINTED else new(self.stream * self.tokens * self.hidden, ACTIVATIONS)
             self.casts = []
             _, kept = self.layer(x, save=True, first=i == 0, recompute=True)
             unread = not self.shared or (i == 0 and not work.full)  # the norm has not kept it
             if unread and layers[i] == OFFLOADED:
                 free(x)
-            gradient = self.layer_backward(i, gradient, kept)
+            gradient = self.layer_backward(i, gradient, kept | begun)
             if unread and layers[i] == CHECKPOINTED:
                 free(x)
         if work.full:
