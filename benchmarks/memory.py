@@ -171,12 +171,13 @@ def measure(row: dict, checkpoints: Path, *, rehearsed: bool, cap: bool, steps: 
         again = rehearse(plan.replace(recipe=plan.recipe.replace(checkpointing="none")))
         result["rehearsal_s"] = round(time.monotonic() - at, 1)
         result["rehearsed"] = {**told(again.memory), "step_s": round(again.step_s, 4)}
-    result |= train_and_watch(plan, row, steps)
+    result |= train_and_watch(plan, steps)
     return {**result, "wall_s": round(time.monotonic() - begin, 1)}
 
 
-def train_and_watch(plan: Plan, row: dict, steps: int) -> dict:
-    """Trains the plan on random rows and returns its peaks and times."""
+def train_and_watch(plan: Plan, steps: int, *, lengths: random.Random | None = None) -> dict:
+    """Trains the plan on random rows and returns its peaks and times. With `lengths` only every third row is of the
+    full length, and the others are down to half as long."""
     import tempfile
 
     import torch
@@ -193,6 +194,9 @@ def train_and_watch(plan: Plan, row: dict, steps: int) -> dict:
     tokenizer = load_tokenizer(Path(plan.recipe.model))
     count = steps * plan.recipe.effective_batch_size
     rows = random_rows(len(tokenizer), plan.length, plan.micro_batch_size, count)
+    for i, one in enumerate(rows if lengths else ()):
+        cut = plan.length if i % 3 == 0 else lengths.randrange(plan.length // 2, plan.length)
+        rows[i] = type(one)(one.input_ids[:cut], one.labels[:cut])
     data = TrainingData("random", "token ids", tokenizer, rows, [], [], [])
     instants, status = Instants(), "ok"
     torch.cuda.empty_cache()
