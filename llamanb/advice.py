@@ -8,6 +8,7 @@ from dataclasses import replace
 from llamanb.architecture import Architecture, architecture
 from llamanb.card import Card
 from llamanb.cards import ROWS
+from llamanb.errors import GpuError
 from llamanb.html import Table
 from llamanb.layout import GIB, Plan
 from llamanb.planner import DoesNotFitError, search, smallest_fits
@@ -93,7 +94,9 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
 
 
 def fitting(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
-    """A plan that fits, or None."""
+    """A plan that fits, or None; None too for a checkpoint that is stored in another precision than the method's."""
+    if model.quantization not in (None, recipe.quantization):
+        return None
     model = replace(model, max_positions=max(model.max_positions, recipe.max_length))
     made = search(recipe, card, model, force=True)
     return None if made.reasons["layers"] == "nothing fits" else made
@@ -121,14 +124,17 @@ def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | No
 def trainable(card: Card | str) -> Table:
     """What a card can train: for each model and method the longest row, in tokens, with every layer recomputed."""
     card = Card.known(card) if isinstance(card, str) else card
+    if not card.is_gpu:
+        raise GpuError("no table for a CPU", "it says what fits a GPU's memory", 'trainable("T4"), or another card')
     rows = []
     for name in TABLE_MODELS:
         model = architecture(name)
         cells = [f"{longest:,}" if (longest := _reach(model, method, card)) else "no" for method in TABLE_METHODS]
         rows.append([name.split("/")[1], f"{model.parameters / 1e9:.2f} B", *cells])
     caption = (
-        f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB to plan with), rank 16 on all linear layers"
+        f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB, less a margin): one row at a time, every "
     )
+    caption += "layer recomputed, rank 16 on all linear layers"
     return Table(["model", "parameters", *TABLE_METHODS], rows, caption)
 
 

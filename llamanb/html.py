@@ -70,17 +70,10 @@ class Bar:
     WIDTH = 60
     """Characters from 0 to the limit, in text."""
     COLORS = (
-        "#2f81f7",
-        "#79b8ff",
-        "#8957e5",
-        "#d2a8ff",
-        "#e8710a",
-        "#f2cc60",
-        "#2ea043",
-        "#7ee787",
-        "#d1242f",
-        "#ff9492",
+        *("#2f81f7", "#79b8ff", "#8957e5", "#d2a8ff", "#e8710a", "#f2cc60"),
+        *("#2ea043", "#7ee787", "#bf8700", "#ff9492", "#8c959f", "#57606a"),
     )
+    """In turn. A part of size 0 keeps its letter and color and is not shown, so that others keep theirs."""
 
     def __init__(self, parts: Mapping[str, float], limit: float, unit: str, caption: str = ""):
         self.parts, self.limit, self.unit, self.caption = dict(parts), limit, unit, caption
@@ -104,6 +97,7 @@ class Bar:
         names = [
             f"  {letter}  {size:7.2f}  {name}"
             for letter, (name, size) in zip(letters, self.parts.items(), strict=False)
+            if size
         ]
         return "\n".join([*([self.caption] if self.caption else []), row, self.summary, *names])
 
@@ -113,6 +107,8 @@ class Bar:
         scale = 100 / max(self.total, self.limit, 1e-9)
         pieces, names = "", ""
         for i, (name, size) in enumerate(self.parts.items()):
+            if not size:
+                continue
             color = self.COLORS[i % len(self.COLORS)]
             label = escape_text(f"{name}: {size:.2f} {self.unit}")
             pieces += f"<div title='{label}' style='width:{size * scale:.2f}%;background:{color}'></div>"

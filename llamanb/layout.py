@@ -66,6 +66,8 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     length: int = 0
     """Tokens of the longest row that is planned for."""
+    limit_gib: float | None = None
+    """What of the card is planned with: `free_gib` less a margin."""
     steps: int | None = None
     """Optimizer steps of the run; None where the rows are not counted yet."""
     basis: str = ""
@@ -87,7 +89,8 @@ class Plan:
 
     def table(self) -> Table:
         """The choices, and why."""
-        batch = f"{self.accumulation} × {self.micro_batch_size} rows of up to {self.recipe.max_length} tokens"
+        length = self.length or self.recipe.max_length
+        batch = f"{self.accumulation} × {self.micro_batch_size} rows of up to {length} tokens"
         chosen = [
             ("arithmetic", self.dtype, "dtype"),
             ("optimizer step", batch, "micro_batch_size"),
@@ -97,13 +100,13 @@ class Plan:
         ]
         rows = [(a, b, self.reasons.get(name, "")) for a, b, name in chosen]
         if self.memory:
-            room = f"{self.needs_gib:.2f} of {self.card.free_gib:.2f} GiB"
+            room = f"{self.needs_gib:.2f} of {self._limit_gib:.2f} GiB"
             peak = f"at most {self.memory.allocated / GIB:.2f} GiB in tensors, at this instant: {self.memory.instant}"
             rows.append(("memory", room, peak))
         if self.time:
             rows.append(("time", f"{_duration(self.step_s)} a step", self._run_time()))
         if self.basis:
-            rows.append(("predicted from", self.basis, ""))
+            rows.append(("predicted from", "", self.basis))
         caption = f"{self.recipe.model}, {self.recipe.method}, on {self.card.name}"
         return Table(["plan", "", "why"], rows, caption)
 
@@ -111,12 +114,13 @@ class Plan:
         """Memory at the peak by bucket, against what the card has."""
         if not self.memory:
             return None
-        parts = {name: size / GIB for name, size in self.memory.buckets.items() if size}
+        parts = {name: size / GIB for name, size in self.memory.buckets.items()}
         parts["fragmentation"] = self.memory.gaps / GIB
-        if self.card.context_gib:
-            parts["CUDA context"] = self.card.context_gib
-        limit = self.card.free_gib + (self.card.context_gib or 0)
-        return Bar(parts, limit, "GiB", f"memory at the peak ({self.memory.instant}), of {limit:.2f} GiB")
+        parts["CUDA context"] = self.card.context_gib or 0.0
+        limit = self._limit_gib + (self.card.context_gib or 0)
+        margin = max(0.0, self.card.free_gib - self._limit_gib)
+        caption = f"memory at the peak ({self.memory.instant}); {margin:.2f} GiB of the card are left as a margin"
+        return Bar(parts, limit, "GiB", caption)
 
     def others(self) -> Table | None:
         """The layouts that were looked at and not taken."""
@@ -127,6 +131,10 @@ class Plan:
             for a in self.alternatives
         ]
         return Table(["micro-batch", "layers recomputed", "GiB", "a step", "not taken because"], rows, "alternatives")
+
+    @property
+    def _limit_gib(self) -> float:
+        return self.card.free_gib if self.limit_gib is None else self.limit_gib
 
     def _layout(self) -> str:
         counts = {kind: self.layers.count(kind) for kind in (STORED, CHECKPOINTED, OFFLOADED) if kind in self.layers}

@@ -21,7 +21,6 @@ from llamanb.tape import (
     FORWARD,
     HEAD,
     HEAD_BACKWARD,
-    INSTANTS,
     LOAD,
     OFFLOADED,
     RECOMPUTED,
@@ -132,23 +131,20 @@ def _outline(work: Workload) -> Outline:
 def tape_peaks(tape: Tape) -> dict[str, dict[str, int]]:
     """Bytes by bucket at each instant's peak of a tape, sizes rounded as the allocator does."""
     sizes = [max(512, -(-size // 512) * 512) for size in tape.sizes]
-    live, highest, at = 0, dict.fromkeys(INSTANTS, -1), {}
-    marks = [*tape.marks, (len(tape.events), "")]
-    for (begin, name), (end, _) in itertools.pairwise(marks):
+    deltas = [sizes[event - 1] if event > 0 else -sizes[-event - 1] for event in tape.events]
+    live = [0, *itertools.accumulate(deltas)]  # after so many events
+    peaks: dict[str, tuple[int, int]] = {}  # bytes, after how many events
+    for (begin, name), (end, _) in itertools.pairwise([*tape.marks, (len(tape.events), "")]):
+        part = live[begin + 1 : end + 1] or [live[begin]]
+        highest = max(part)
         instant = ADAPT if name == EMPTIED else name
-        for i in range(begin, end + (begin == end)):
-            if i < end:
-                event = tape.events[i]
-                live += sizes[event - 1] if event > 0 else -sizes[-event - 1]
-            if live > highest[instant]:
-                highest[instant], at[instant] = live, min(i + 1, end)
-    found = {}
-    for instant, end in at.items():
-        buckets = dict.fromkeys(BUCKETS, 0)
-        for event in tape.events[:end]:
-            slot = abs(event) - 1
-            buckets[tape.buckets[slot]] += sizes[slot] if event > 0 else -sizes[slot]
-        found[instant] = buckets
+        if highest > peaks.get(instant, (-1, 0))[0]:
+            peaks[instant] = (highest, min(begin + 1 + part.index(highest), end))
+    found, buckets, done = {}, dict.fromkeys(BUCKETS, 0), 0
+    for instant, (_, until) in sorted(peaks.items(), key=lambda item: item[1][1]):
+        for event, delta in zip(tape.events[done:until], deltas[done:until], strict=True):
+            buckets[tape.buckets[abs(event) - 1]] += delta
+        found[instant], done = dict(buckets), until
     return found
 
 

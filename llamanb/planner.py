@@ -47,7 +47,8 @@ class DoesNotFitError(LlamanbError):
         self.plan, self.changes = plan, changes
 
     def _render_traceback_(self) -> list[str]:
-        return [*super()._render_traceback_(), "", *str(self.changes).splitlines()]
+        changes = ["", *str(self.changes).splitlines()] if self.changes.rows else []
+        return [*super()._render_traceback_(), *changes]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def search(
     limit = card.free_gib * GIB * (1 - margin)
 
     best, others = _fastest(recipe, card, base, limit)
-    fits = best.memory.reserved <= limit
+    fits = best.memory.reserved <= limit  # else what comes closest
     rows = best.work.rows
     made = Plan(
         recipe=recipe,
@@ -124,6 +125,7 @@ def search(
         time=best.time,
         alternatives=tuple(_alternative(one, best, limit) for one in others),
         length=length,
+        limit_gib=limit / GIB,
         steps=_steps(recipe, data),
         basis=_basis(recipe),
     )
@@ -190,6 +192,9 @@ def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[
         if replayed.memory.reserved <= limit and _cost(replayed) <= min(map(_cost, fitting)):
             return replayed, [one for one in found if one is not replayed]
         fitting = [one for one in fitting if one.memory.reserved <= limit]
+    last = _replayed(found[-1], card, limit, recipe)  # the guess may have been too careful
+    if last.memory.reserved <= limit:
+        return last, found[:-1]
     smallest = base.replace(rows=found[-1].work.rows, accumulation=found[-1].work.accumulation)
     if recipe.checkpointing == "auto":
         smallest = smallest.replace(layers=(OFFLOADED,) * len(base.layers))
@@ -265,11 +270,11 @@ def _cost(candidate: _Candidate) -> tuple[float, int]:
 
 def _alternative(one: _Candidate, best: _Candidate, limit: float) -> Alternative:
     if one.memory.reserved > limit:
-        verdict = f"needs {(one.memory.reserved - limit) / GIB:.2f} GiB more than is free"
+        verdict = f"needs {(one.memory.reserved - limit) / GIB:.2f} GiB more than there is to plan with"
     elif one.time and best.time:
         verdict = f"{one.time.step_s / best.time.step_s - 1:.0%} slower"
     else:
-        verdict = "more layers recomputed"
+        verdict = "more layers recomputed" if one.recomputed > best.recomputed else "smaller products"
     step_s = one.time.step_s if one.time else None
     return Alternative(one.work.rows, one.recomputed, one.memory.reserved / GIB, step_s, verdict)
 
@@ -352,8 +357,8 @@ def _basis(recipe: Recipe) -> str:
     text = "the shape of the model and the figures of the card"
     if recipe.dora:
         return text + "; DoRA's own memory is not part of it: rehearse(plan)"
-    others = [f"{name} {is_}" for name, is_ in _other_versions()]
-    return text if not others else f"{text}, for other versions than {', '.join(others)}: rehearse(plan) to be sure"
+    others = ", ".join(f"{name} {is_}" for name, is_ in _other_versions())
+    return f"{text}, as measured with other versions ({others} here): rehearse(plan) to be sure" if others else text
 
 
 def _as_measured() -> bool:

@@ -22,7 +22,7 @@ from llamanb.planner import MARGIN_REHEARSED, workload
 from llamanb.speed import StepTime
 from llamanb.tape import CHECKPOINTED, STORED, Workload
 
-FEW, MORE = 2, 4
+FEW, MORE = 2, 6
 """Layers of a kind in the first model, and by how many at most the others have more of one kind."""
 STEPS = 8
 """Optimizer steps of each: the first also compiles and warms up."""
@@ -75,6 +75,14 @@ def _require_gpu(card: Card) -> None:
             f"a plan for {card.name} cannot be rehearsed here",
             "torch finds no GPU",
             "rehearse on the machine that will train; the prediction needs no GPU",
+        )
+    there = torch.cuda.get_device_properties(torch.cuda.current_device())
+    same = (there.major, there.minor) == card.capability and abs(there.total_memory / GIB / card.vram_gib - 1) < 0.05
+    if not same and not card.name.startswith("pretend "):
+        raise GpuError(
+            f"a plan for {card.name} cannot be rehearsed here",
+            f"the GPU is {there.name}",
+            f"plan for it: plan(recipe); or let it pretend: plan(recipe, Card.pretend({card.name!r}))",
         )
 
 
@@ -168,6 +176,7 @@ def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
         layers=work.layers,
         memory=_memory(work, trials),
         time=_time(work, trials, plan.accumulation),
+        limit_gib=limit / GIB,
         basis=f"{len(trials)} rehearsals with {len(trials[0].layers)} to {len(trials[-1].layers)} layers on this GPU",
     )
 

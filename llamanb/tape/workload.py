@@ -88,7 +88,9 @@ class Tape:
         return len(self.sizes) - 1
 
     def free(self, *slots: int | None) -> None:
-        self.events.extend(-slot - 1 for slot in slots if slot is not None)
+        for slot in slots:
+            if slot is not None:
+                self.events.append(-slot - 1)
 
     def keep(self, *slots: int | None) -> None:
         """Makes temporaries activations: they wait for the backward pass."""

@@ -163,10 +163,8 @@ class PlanForm(RecipeForm):
         try:
             made = self.plan
         except DoesNotFitError as error:
-            words, bar = paragraph(error), error.plan.bar()
-            if bar.total <= bar.limit:
-                words += paragraph("What is left beside it is the margin that a prediction leaves free.")
-            return words + join(bar), join(error.changes) if error.changes.rows else ""
+            changes = join(error.changes) if error.changes.rows else ""
+            return paragraph(error) + join(error.plan.bar()), changes
         except LlamanbError as error:
             return paragraph(error), ""
         facts = {fact: (value, why) for fact, value, why in made.table().rows}

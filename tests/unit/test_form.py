@@ -208,14 +208,11 @@ def test_what_does_not_fit_shows_what_takes_the_room_and_what_would():
     assert "<table" not in message(form)
 
 
-def test_what_is_over_by_its_margin_only_says_so():
+def test_what_is_over_by_its_margin_only_is_over_in_the_bar_too():
     fits = plan_form(LLAMA_8B, "T4")
     smaller = dataclasses.replace(KNOWN["T4"], free_gib=fits.plan.needs_gib / 0.985)
     form = plan_form(LLAMA_8B.replace(micro_batch_size=1, checkpointing="none"), smaller)
-    assert "GiB left" in message(form)
-    assert "the margin that a prediction leaves free" in message(form)
-    form.widgets["method"].value = "lora"
-    assert "the margin that" not in message(form)
+    assert "GiB too much" in message(form)
 
 
 def test_where_no_single_change_helps_no_empty_table_stands():
