@@ -297,40 +297,37 @@ def error(predicted: float, measured: float) -> float:
 
 
 def report(path: Path, out: Path) -> str:
-    """Errors of a grid as Markdown: means and worst, by what dominates, and every row."""
+    """Errors of a grid as Markdown: as it was committed, by the present code, and after a rehearsal; then every row."""
     rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
     results = [json.loads(line) for line in out.read_text().splitlines()]
     good = [result for result in results if "measured" in result]
+    now = {r["id"]: told(predict(work_of(rows[r["id"]], H200), expandable=rows[r["id"]]["expandable"])) for r in good}
     lines = [f"{len(good)} of {len(rows)} rows measured, {len(results) - len(good)} failed.", ""]
-    lines += ["| | mean error | worst | mean signed |", "|---|---|---|---|"]
-    for basis in ("predicted", "rehearsed"):
+    lines += ["| | rows | mean error | worst | mean signed |", "|---|---|---|---|---|"]
+    for words, source in (
+        ("as committed before measuring", {r["id"]: rows[r["id"]]["predicted"] for r in good}),
+        ("closed form, present code", now),
+        ("after a rehearsal", {r["id"]: r["rehearsed"] for r in good if "rehearsed" in r}),
+    ):
         for name in ("allocated", "reserved", "step_s"):
             errors = [
-                error(source[name], result["measured"][name])
-                for result in good
-                if (source := rows[result["id"]]["predicted"] if basis == "predicted" else result.get("rehearsed"))
-                and name in source
+                error(source[r["id"]][name], r["measured"][name]) for r in good if name in source.get(r["id"], {})
             ]
             if errors:
-                worst = max(errors, key=abs)
-                mean, signed = statistics.mean(map(abs, errors)), statistics.mean(errors)
-                words = "closed form" if basis == "predicted" else "after a rehearsal"
-                lines.append(f"| {name}, {words} ({len(errors)} rows) | {mean:.2%} | {worst:+.2%} | {signed:+.2%} |")
-    lines += ["", "| peak at | rows | mean signed error of allocated | worst |", "|---|---|---|---|"]
-    for instant in sorted({rows[result["id"]]["predicted"]["instant"] for result in good}):
-        errors = [
-            error(rows[r["id"]]["predicted"]["allocated"], r["measured"]["allocated"])
-            for r in good
-            if rows[r["id"]]["predicted"]["instant"] == instant
-        ]
+                cells = f"{len(errors)} | {statistics.mean(map(abs, errors)):.2%} | {max(errors, key=abs):+.2%}"
+                lines.append(f"| {name}, {words} | {cells} | {statistics.mean(errors):+.2%} |")
+    lines += ["", "| peak at | rows | allocated: mean signed error, present code | worst |", "|---|---|---|---|"]
+    for instant in sorted({told_["instant"] for told_ in now.values()}):
+        those = [r for r in good if now[r["id"]]["instant"] == instant]
+        errors = [error(now[r["id"]]["allocated"], r["measured"]["allocated"]) for r in those]
         lines.append(f"| {instant} | {len(errors)} | {statistics.mean(errors):+.2%} | {max(errors, key=abs):+.2%} |")
-    header = (
-        "row model method tokens rank targets layers kernel optimizer segments allocated error reserved error NVML step"
-    )
-    lines += ["", "| " + " | ".join(header.split()) + " |", "|" + "---|" * len(header.split())]
+    names = "row, model, method, step, rank, adapters, layers, kernel, optimizer, segments, allocated GiB, error, "
+    names += "reserved GiB, error, NVML, rehearsed allocated"
+    lines += ["", "| " + " | ".join(names.split(", ")) + " |", "|" + "---|" * len(names.split(", "))]
     for result in good:
-        row, seen = rows[result["id"]], result["measured"]
+        row, seen, told_ = rows[result["id"]], result["measured"], now[result["id"]]
         method = row["method"] + ("" if row["double_quant"] or row["method"] != "qlora-nf4" else ", no double quant")
+        method += ", dropout" if row["dropout"] else ""
         cells = [
             row["id"],
             row["model"],
@@ -341,11 +338,9 @@ def report(path: Path, out: Path) -> str:
         cells += [row["targets"], ", ".join(f"{n} {kind}" for kind, n in row["layout"].items()), row["kernel"]]
         cells += [row["optimizer"], "expandable" if row["expandable"] else "fixed"]
         for name in ("allocated", "reserved"):
-            words = f"{error(row['predicted'][name], seen[name]):+.2%}"
-            if "rehearsed" in result:
-                words += f" / {error(result['rehearsed'][name], seen[name]):+.2%}"
-            cells += [f"{seen[name]:.3f}", words]
-        cells += [seen["nvml"], seen["step_s"]]
+            cells += [f"{seen[name]:.3f}", f"{error(told_[name], seen[name]):+.2%}"]
+        again = result.get("rehearsed")
+        cells += [seen["nvml"], f"{error(again['allocated'], seen['allocated']):+.2%}" if again else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
