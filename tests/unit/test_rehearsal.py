@@ -1,0 +1,406 @@
+"""Rehearsals without a GPU: what trials found is made up, and how it is carried to the plan's depth is checked; one
+real trial runs on the CPU."""
+
+import gc
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llamanb import Card, Recipe, plan, rehearsal
+from llamanb.architecture import architecture
+from llamanb.data import TrainingData
+from llamanb.data.encode import IGNORE, load_tokenizer
+from llamanb.errors import GpuError
+from llamanb.layout import GIB
+from llamanb.memory import SEEN, predict
+from llamanb.model import attach_adapters, load_model
+from llamanb.planner import MARGIN_REHEARSED, search, workload
+from llamanb.rehearsal import _Trial, random_rows, rehearse
+from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED
+from llamanb.training.trainer import build_trainer, let_go
+
+EIGHT, ONE = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
+CPU = Card("CPU", None)
+MIB = 2**20
+NOTHING = dict.fromkeys(SEEN, 0)
+
+
+def planned(name=EIGHT, rows=2, card="T4", accumulation=4, force=False, **fields):
+    """A plan for a card of the table, and its workload."""
+    recipe = Recipe(
+        model=name,
+        dataset="rows.jsonl",
+        micro_batch_size=rows,
+        effective_batch_size=rows * accumulation,
+        **{"max_length": 1024, **fields},
+    )
+    made = search(recipe, Card.known(card) if isinstance(card, str) else card, architecture(name), force=force)
+    return made, work_of(made)
+
+
+def work_of(made):
+    return workload(
+        made.recipe,
+        made.card,
+        architecture(made.recipe.model),
+        dtype=made.dtype,
+        kernel=made.kernel,
+        optimizer=made.optimizer,
+        length=made.length,
+        rows=made.micro_batch_size,
+        layers=made.layers,
+    )
+
+
+def trial(work, layers, *, constant=NOTHING, each=NOTHING, beyond=0, micro_s=0.1, optimizer_s=0.02):
+    """What a run of `layers` would find if it took that much more than predicted: `constant` bytes by part, `each` by
+    part and kind of layer (or as a number, whatever the kind), `beyond` of reserved memory; and its times."""
+    model = replace(work.model, layers=len(layers))
+    small = predict(work.replace(model=model, layers=layers, accumulation=min(work.accumulation, 2)))
+    peaks = {
+        part: max(small.peaks.get(i, 0) for i in instants) + constant[part] + missed(each[part], layers)
+        for part, instants in SEEN.items()
+    }
+    return _Trial(
+        layers=layers,
+        peaks=peaks,
+        reserved=max(peaks.values()) + small.gaps + beyond,
+        micro_batch_s=micro_s,
+        optimizer_s=optimizer_s,
+    )
+
+
+def missed(each, layers):
+    return sum((each[kind] if isinstance(each, dict) else each) for kind in layers)
+
+
+def layouts(made, work):
+    return rehearsal._small_layouts(made, work)
+
+
+def counted(layers):
+    return {kind: layers.count(kind) for kind in sorted(set(layers))}
+
+
+def test_mixed_plans_are_tried_with_more_of_each_kind():
+    made, work = planned()
+    assert set(counted(made.layers)) == {CHECKPOINTED, STORED}
+    base, *deeper = layouts(made, work)
+    assert set(base) == {CHECKPOINTED, STORED}
+    assert base.count(CHECKPOINTED) == base.count(STORED)
+    assert len(deeper) == 2
+    for layers, kind, other in zip(deeper, (CHECKPOINTED, STORED), (STORED, CHECKPOINTED), strict=True):
+        assert layers.count(kind) > base.count(kind)
+        assert layers.count(other) == base.count(other)
+    assert all(list(layers) == sorted(layers) for layers in (base, *deeper)), "recomputed ones first, as in a plan"
+
+
+def test_a_plan_that_keeps_every_layer_is_tried_with_such_layers_only():
+    made, work = planned(ONE, rows=1)
+    assert set(made.layers) == {STORED}
+    found = layouts(made, work)
+    assert len(found) == 2
+    assert all(set(layers) == {STORED} for layers in found)
+
+
+@pytest.mark.parametrize(("wanted", "kind"), [("all", CHECKPOINTED), ("none", STORED), ("offloaded", OFFLOADED)])
+def test_layers_as_asked_are_tried_alone(wanted, kind):
+    made, work = planned(ONE, checkpointing=wanted)
+    found = layouts(made, work)
+    assert len(found) == 2
+    assert all(set(layers) == {kind} for layers in found)
+    assert len(found[1]) > len(found[0])
+
+
+def test_automatic_plans_try_what_they_could_keep_too():
+    made, _ = planned(ONE, rows=8)
+    every = made.replace(layers=(CHECKPOINTED,) * len(made.layers))
+    assert set(layouts(every, work_of(every))[0]) == {CHECKPOINTED, STORED}
+    waiting = made.replace(layers=(OFFLOADED,) * len(made.layers))
+    assert set(layouts(waiting, work_of(waiting))[0]) == {OFFLOADED, STORED}
+
+
+@pytest.mark.parametrize("free_gib", [14.0, 8.0, 6.0, 5.0, 4.5, 4.0])
+def test_trials_are_as_deep_as_fits(free_gib):
+    made, work = planned(rows=4)
+    small = replace(made.card, free_gib=free_gib)
+    limit = free_gib * GIB * (1 - MARGIN_REHEARSED)
+    found = layouts(made.replace(card=small), work)
+
+    def needs(layers):
+        model = replace(work.model, layers=len(layers))
+        return predict(work.replace(model=model, layers=layers)).reserved
+
+    base, *deeper = found
+    if STORED in base:
+        assert all(needs(layers) <= limit for layers in found)
+    for layers in deeper:
+        one_more = tuple(sorted([*layers, next(k for k in layers if layers.count(k) > base.count(k))]))
+        assert len(layers) == len(base) + rehearsal.MORE or needs(one_more) > limit
+
+
+def test_a_card_too_small_for_two_kinds_gets_the_smaller_one():
+    made, work = planned(rows=4)
+    tiny = made.replace(card=replace(made.card, free_gib=1.0))
+    assert layouts(tiny, work) == [(CHECKPOINTED,), (CHECKPOINTED,) * 2]
+
+
+def test_trials_as_predicted_change_nothing():
+    made, work = planned(checkpointing="all")
+    trials = [trial(work, layers) for layers in layouts(made, work)]
+    again = rehearsal._corrected(made, work, trials)
+    assert again.layers == made.layers
+    assert again.memory == predict(work)
+    assert "2 rehearsals" in again.basis
+    assert again.recipe == made.recipe
+
+
+@pytest.mark.parametrize("wanted", ["all", "none", "offloaded"])
+def test_what_was_missed_is_carried_to_the_depth_of_the_plan(wanted):
+    """A constant, and something of each layer, another for each part of the step."""
+    made, work = planned(ONE, rows=2, checkpointing=wanted)
+    constant = {"load": 0, "forward": 50 * MIB, "backward": -20 * MIB, "optimizer step": 3 * MIB}
+    each = {"load": 0, "forward": 2 * MIB, "backward": 5 * MIB, "optimizer step": -MIB}
+    trials = [trial(work, layers, constant=constant, each=each) for layers in layouts(made, work)]
+    before, after = predict(work), rehearsal._corrected(made, work, trials).memory
+    for part, instants in SEEN.items():
+        for instant in instants:
+            if part != "load" and instant in before.peaks:
+                expected = constant[part] + len(work.layers) * each[part]
+                assert after.peaks[instant] - before.peaks[instant] == pytest.approx(expected, abs=2), instant
+
+
+def test_each_kind_of_layer_is_carried_by_itself():
+    made, work = planned()
+    each = {part: {CHECKPOINTED: 3 * MIB, STORED: 7 * MIB} for part in SEEN}
+    trials = [trial(work, layers, constant=dict.fromkeys(SEEN, 11 * MIB), each=each) for layers in layouts(made, work)]
+    before, after = predict(work), rehearsal._memory(work, trials)
+    expected = 11 * MIB + missed(each["forward"], work.layers)
+    assert expected > 11 * MIB + 3 * MIB * len(work.layers)
+    for part, instants in SEEN.items():
+        for instant in instants:
+            if part != "load" and instant in before.peaks:
+                assert after.peaks[instant] - before.peaks[instant] == pytest.approx(expected, abs=2), instant
+
+
+def test_loading_is_not_corrected_since_random_weights_are_not_read():
+    made, work = planned(checkpointing="all")
+    trials = [trial(work, layers, constant={**NOTHING, "load": GIB}) for layers in layouts(made, work)]
+    before, after = predict(work), rehearsal._corrected(made, work, trials).memory
+    assert [after.peaks[i] for i in SEEN["load"]] == [before.peaks[i] for i in SEEN["load"]]
+
+
+def test_what_is_reserved_beyond_the_prediction_counts_once():
+    made, work = planned(checkpointing="all")
+    few, more = layouts(made, work)
+    before = predict(work)
+    for beyond, expected in (((90 * MIB, 60 * MIB), 60 * MIB), ((-90 * MIB, 60 * MIB), 0)):
+        trials = [trial(work, layers, beyond=size) for layers, size in zip((few, more), beyond, strict=True)]
+        assert rehearsal._corrected(made, work, trials).memory.gaps - before.gaps == expected
+
+
+def test_time_is_carried_linearly():
+    made, work = planned(checkpointing="all")
+    seconds = {CHECKPOINTED: 0.03}
+    trials = [
+        trial(work, one, micro_s=0.2 + missed(seconds, one), optimizer_s=0.05 + 0.001 * len(one))
+        for one in layouts(made, work)
+    ]
+    again = rehearsal._corrected(made, work, trials)
+    depth = len(work.layers)
+    assert again.step_s == pytest.approx(made.accumulation * (0.2 + 0.03 * depth) + 0.05 + 0.001 * depth)
+
+
+def test_time_knows_what_each_kind_costs():
+    made, work = planned()
+    seconds = {CHECKPOINTED: 0.04, STORED: 0.03}
+    trials = [
+        trial(work, one, micro_s=0.2 + missed(seconds, one), optimizer_s=0.05 + 0.001 * len(one))
+        for one in layouts(made, work)
+    ]
+    again = rehearsal._corrected(made, work, trials)
+    micro = 0.2 + missed(seconds, again.layers)
+    assert again.step_s == pytest.approx(made.accumulation * micro + 0.05 + 0.001 * len(again.layers))
+
+
+def test_more_layers_are_kept_where_the_margin_allows_it():
+    made, work = planned()
+    assert 0 < made.recomputed < len(made.layers)
+    again = rehearsal._corrected(made, work, [trial(work, layers) for layers in layouts(made, work)])
+    limit = made.card.free_gib * (1 - MARGIN_REHEARSED)
+    assert again.recomputed < made.recomputed
+    assert made.needs_gib < again.needs_gib <= limit
+    one_fewer = (*again.layers[1:], STORED)
+    assert predict(work.replace(layers=one_fewer)).reserved / GIB > limit
+
+
+def test_what_was_missed_costs_kept_layers():
+    made, work = planned()
+    small = layouts(made, work)
+    free = rehearsal._corrected(made, work, [trial(work, layers) for layers in small])
+    constant = dict.fromkeys(SEEN, GIB)
+    dear = rehearsal._corrected(made, work, [trial(work, layers, constant=constant) for layers in small])
+    assert free.recomputed < dear.recomputed < len(made.layers)
+    assert dear.needs_gib <= made.card.free_gib * (1 - MARGIN_REHEARSED)
+
+
+@pytest.mark.parametrize("wanted", ["all", "none", "offloaded"])
+def test_layers_as_asked_stay(wanted):
+    made, work = planned(ONE, rows=2, checkpointing=wanted)
+    for size in (-GIB, GIB):
+        trials = [trial(work, one, constant=dict.fromkeys(SEEN, size)) for one in layouts(made, work)]
+        assert rehearsal._corrected(made, work, trials).layers == made.layers
+
+
+def test_a_single_trial_carries_its_constant():
+    made, work = planned(checkpointing="all")
+    again = rehearsal._corrected(made, work, [trial(work, (CHECKPOINTED,), constant=dict.fromkeys(SEEN, 10 * MIB))])
+    assert again.memory.allocated - predict(work).allocated == 10 * MIB
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`gpu(name, capability, gib)` is found by torch from then on."""
+
+    def found(name="Tesla T4", capability=(7, 5), gib=14.56):
+        properties = SimpleNamespace(
+            name=name, major=capability[0], minor=capability[1], total_memory=round(gib * GIB), uuid=""
+        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *args: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
+
+    return found
+
+
+def test_rehearsing_tries_a_few_layers_and_corrects(gpu, monkeypatch):
+    made, work = planned(ONE, rows=8, accumulation=2)
+    gpu(gib=made.card.vram_gib)
+    tried = []
+
+    def fake(plan, shape, layers):
+        tried.append((shape.name, layers))
+        return trial(work, layers, constant=dict.fromkeys(SEEN, 64 * MIB))
+
+    monkeypatch.setattr(rehearsal, "_try", fake)
+    again = rehearse(made)
+    assert tried == [(ONE, layers) for layers in layouts(made, work)]
+    assert again.memory.allocated == pytest.approx(predict(work_of(again)).allocated + 64 * MIB, abs=2)
+    assert again.time.measured_s > 0
+    assert "on this GPU" in again.basis
+
+
+def test_without_a_gpu_it_says_where_to_rehearse(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made, _ = planned(ONE)
+    with pytest.raises(GpuError, match="no GPU") as caught:
+        rehearse(made)
+    assert "T4" in caught.value.what
+    assert "rehearse on the machine that will train" in caught.value.fix
+
+
+def test_a_plan_for_a_cpu_is_not_rehearsed(mini):
+    with pytest.raises(GpuError, match="plan is for a CPU") as caught:
+        rehearse(plan(Recipe(model=str(mini), dataset="rows.jsonl"), CPU))
+    assert caught.value.fix == "plan for a GPU"
+
+
+@pytest.mark.parametrize(("name", "capability", "gib"), [("NVIDIA L4", (8, 9), 14.56), ("Tesla T4 32", (7, 5), 31.0)])
+def test_another_gpu_than_the_plan_s_is_refused(gpu, name, capability, gib):
+    gpu(name, capability, gib)
+    made, _ = planned(ONE)
+    with pytest.raises(GpuError) as caught:
+        rehearse(made)
+    assert "T4" in caught.value.what
+    assert name in caught.value.why
+    assert "pretend" in caught.value.fix
+
+
+def test_a_pretended_card_is_rehearsed_on_whatever_is_there(gpu, monkeypatch):
+    gpu("NVIDIA H200", (9, 0), 139.0)
+    made, work = planned(ONE, checkpointing="all")
+    monkeypatch.setattr(rehearsal, "_try", lambda plan, shape, layers: trial(work, layers))
+    assert rehearse(made.replace(card=replace(made.card, name="pretend T4"))).memory == predict(work)
+
+
+def test_rows_are_full_and_need_a_mask():
+    rows = random_rows(100, 8, 4, 12)
+    assert [len(row.input_ids) for row in rows] == [8, 7, 7, 7] * 3
+    for row in rows:
+        assert all(0 <= token < 100 for token in row.input_ids)
+        assert row.labels == [IGNORE, *row.input_ids[1:]]
+    assert random_rows(100, 8, 4, 12) == rows
+    assert {len(row.input_ids) for row in random_rows(100, 8, 1, 3)} == {8}
+
+
+@pytest.fixture
+def counters(monkeypatch):
+    """torch's counters of a GPU that holds 1000 bytes of others, at most 5000 allocated and 9000 reserved."""
+    said = {"memory_allocated": 1000, "max_memory_allocated": 5000, "max_memory_reserved": 9000}
+    for name, size in {**said, "memory_reserved": 1000}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, size=size: size)
+    for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    monkeypatch.setattr(rehearsal, "_make_workspaces", lambda torch: None)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_trial_trains_that_many_layers_and_leaves_nothing(mini, counters, monkeypatch, accumulation):
+    from llamanb.training import trainer as module
+
+    made_trainers, build = [], module.build_trainer
+
+    def watched(plan, model, *rest):
+        trainer = build(plan, model, *rest)
+        layers = len(model.get_base_model().model.layers)
+        facts = (layers, trainer.args.max_steps, trainer.args.gradient_accumulation_steps)
+        made_trainers.append((facts, weakref.ref(model.get_input_embeddings().weight)))
+        return trainer
+
+    monkeypatch.setattr(module, "build_trainer", watched)
+    recipe = Recipe(
+        model=str(mini),
+        dataset="rows.jsonl",
+        max_length=16,
+        micro_batch_size=2,
+        effective_batch_size=2 * accumulation,
+        optimizer="adamw_8bit",
+        eval_rows=0,
+    )
+    shape = architecture(str(mini))
+    layers = (CHECKPOINTED, CHECKPOINTED, STORED)
+    found = rehearsal._try(plan(recipe, CPU), shape, layers)
+    [(facts, embedding)] = made_trainers
+    assert facts == (3, rehearsal.STEPS, min(accumulation, 2))
+    assert embedding() is None, "the model is gone"
+    assert found.layers == layers
+    assert found.peaks == dict.fromkeys(SEEN, 4000), "what others hold is not the trial's"
+    assert found.reserved == 8000
+    assert found.micro_batch_s > 0
+    assert found.optimizer_s == 0 if accumulation == 1 else found.optimizer_s >= 0
+
+
+def test_letting_go_frees_the_embedding(mini, tmp_path):
+    """The Trainer registers embeddings with bitsandbytes' manager of 8-bit optimizers, which lives on."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    rows = {"max_length": 16, "micro_batch_size": 2, "effective_batch_size": 2, "eval_rows": 0}
+    recipe = Recipe(model=str(mini), dataset="rows.jsonl", steps=1, optimizer="adamw_8bit", **rows)
+    made, tokenizer = plan(recipe, CPU), load_tokenizer(mini)
+    model = attach_adapters(load_model(made, tokenizer), recipe)
+    data = TrainingData("random", "token ids", tokenizer, random_rows(len(tokenizer), 16, 2, 2), [], [], [])
+    trainer = build_trainer(made, model, data, tmp_path, [])
+    trainer.train()
+    embedding = weakref.ref(model.get_input_embeddings().weight)
+    del model, trainer
+    gc.collect()
+    assert embedding() is not None, "else let_go is no longer needed"
+    let_go()
+    gc.collect()
+    assert embedding() is None
+    assert GlobalOptimManager.get_instance().module_weight_config_triple == []
