@@ -8,7 +8,6 @@ from dataclasses import replace
 from llamanb.architecture import Architecture, architecture
 from llamanb.card import Card
 from llamanb.cards import ROWS
-from llamanb.errors import GpuError
 from llamanb.html import Table
 from llamanb.layout import GIB, Plan
 from llamanb.planner import DoesNotFitError, search, smallest_fits
@@ -124,8 +123,9 @@ def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | No
 def trainable(card: Card | str) -> Table:
     """What a card can train: for each model and method the longest row, in tokens, with every layer recomputed."""
     card = Card.known(card) if isinstance(card, str) else card
+    headers = ["model", "parameters", *TABLE_METHODS]
     if not card.is_gpu:
-        raise GpuError("no table for a CPU", "it says what fits a GPU's memory", 'trainable("T4"), or another card')
+        return Table(headers, [], 'a CPU: its memory is not planned for; trainable("T4") asks for a card')
     rows = []
     for name in TABLE_MODELS:
         model = architecture(name)
@@ -135,7 +135,7 @@ def trainable(card: Card | str) -> Table:
         f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB, less a margin): one row at a time, every "
     )
     caption += "layer recomputed, rank 16 on all linear layers"
-    return Table(["model", "parameters", *TABLE_METHODS], rows, caption)
+    return Table(headers, rows, caption)
 
 
 def _reach(model: Architecture, method: str, card: Card) -> int:

@@ -104,3 +104,9 @@ def test_nothing_is_offered_where_nothing_helps():
     assert changes_that_fit(recipe, Card.known("H200"), architecture(recipe.model)).rows == []
     with pytest.raises(planner.DoesNotFitError, match="no single change is enough"):
         planner.plan(recipe, "H200")
+
+
+def test_a_cpu_has_no_table_and_is_told_so():
+    table = trainable(Card("CPU", None))
+    assert table.rows == []
+    assert "a CPU" in table.caption
