@@ -2,8 +2,8 @@
 
     python -m tests.gpu.pretend '{"model": "/tmp/8b", "dataset": "rows.jsonl"}' RUNS_FOLDER
 
-A pretend T4 computes in fp16, has neither FlashAttention nor cuDNN attention, and gives its allocator 14.40 GiB: a
-T4's 14.56 less the CUDA context.
+A pretend T4 (`Card.pretend("T4")`) computes in fp16, has neither FlashAttention nor cuDNN attention, and gives its
+allocator 14.40 GiB: a T4's 14.56 less the CUDA context.
 """
 
 from __future__ import annotations
@@ -16,33 +16,22 @@ from pathlib import Path
 ALLOCATOR_GIB = 14.40
 
 
-def pretend_t4():
-    """Makes this process behave so and returns the card. Call it before anything is put on the GPU."""
-    import torch
-
-    from llamanb import Card
-
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(ALLOCATOR_GIB * 2**30 / total)
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    kernels = ("memory-efficient", "math")
-    return Card("pretend T4", (7, 5), ALLOCATOR_GIB, attention=kernels, attention_gqa=("math",))
-
-
 def main(recipe_json: str, runs: str) -> None:
     import torch
 
-    from llamanb import Recipe, plan, train
+    from llamanb import Card, Recipe, plan, train
 
     begin = time.monotonic()
-    card = pretend_t4()
+    card = Card.pretend("T4")
     p = plan(Recipe.from_json(recipe_json), card)
     run = train(p, name="gpu", runs=runs)
     result = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "plan": {k: getattr(p, k) for k in ("dtype", "attention", "optimizer", "micro_batch_size", "accumulation")},
+        "layers": {kind: p.layers.count(kind) for kind in set(p.layers)},
+        "predicted_gib": round(p.memory.allocated / 2**30, 3),
+        "predicted_reserved_gib": round(p.needs_gib, 3),
         "losses": [round(loss, 4) for loss in run.losses],
         "step_s": round(run.train_s / len(run.steps), 3),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),

@@ -75,6 +75,17 @@ def test_8b_nf4_trains(scratch, llama_8b, rows, tokens):
         warmup=0.0,
     )
     assert result["plan"]["optimizer"] == "paged_adamw_8bit"
+    assert result["allocated_gib"] == pytest.approx(result["predicted_gib"], rel=0.01)
+
+
+def test_8b_fills_the_card_and_takes_what_was_predicted(scratch, llama_8b):
+    settings = {"rank": 16, "max_length": 2048, "effective_batch_size": 2, "micro_batch_size": 1, "steps": 10}
+    rows = rows_of(scratch, 2048)
+    result = run(scratch, model=str(llama_8b), dataset=rows, eval_rows=0, warmup=0.0, **settings)
+    assert result["layers"]["stored"] > 0
+    assert result["layers"]["checkpointed"] > 0
+    assert result["allocated_gib"] == pytest.approx(result["predicted_gib"], rel=0.01)
+    assert result["reserved_gib"] > 0.85 * ALLOCATOR_GIB
 
 
 def test_1b_trains_on_squad_with_the_real_vocabulary(scratch, real_data, trl_template):

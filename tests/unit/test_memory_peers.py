@@ -86,6 +86,7 @@ def test_the_formula_by_hand():
     scores = 6 * 2 * 512 * 5 * 32 * 512  # 5·a·s/h times s·b·h
     assert activation_bytes(ROW, scores=False) == kept + recomputed + logits == 995_098_624
     assert activation_bytes(ROW, scores=True) == kept + recomputed + logits + scores
+    assert activation_bytes(ROW, scores=True, logits=False) == kept + recomputed + scores
     without = PARAMETERS * 0.5 + adapters * 12 + kept + recomputed + logits
     assert formula_bytes(ROW, trained=SIXTEEN_BIT, scores=False) == without
     assert formula_bytes(ROW, trained=MIXED, scores=True) == without + 4 * adapters + scores
@@ -108,6 +109,7 @@ def test_every_method_has_its_bytes(method, each):
 def test_only_the_math_kernel_keeps_scores_in_the_kinder_formula():
     name = next(name for name in OTHERS if "math" in name)
     assert OTHERS[name](ROW) == formula_bytes(ROW, trained=MIXED, scores=False)
+    assert OTHERS["the same, and no logits"](ROW) == OTHERS[name](ROW) - 4 * 2 * 512 * 128256
     assert OTHERS[name]({**ROW, "kernel": "math"}) == formula_bytes(ROW, trained=MIXED, scores=True)
 
 
