@@ -82,32 +82,34 @@ def adapter_parameters(row: dict) -> int:
     return model.layers * sum(sum(model.linear(name)) for name in recipe.target_modules) * recipe.rank
 
 
-def activation_bytes(row: dict, *, scores: bool) -> int:
+def activation_bytes(row: dict, *, scores: bool, logits: bool = True) -> int:
     """Activations of a micro-batch: s·b·h·(34 + 5·a·s/h) bytes for a layer that keeps them, 2·s·b·h for one that is
     recomputed, and fp32 logits of 4·b·s·V.
 
     The layers are formulas 2 and table 2 of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
     Transformer Models" (arXiv 2205.05198). A layer whose inputs wait in host memory counts as recomputed, since
     calculators have no word for it. Without `scores` the 5·a·s/h is dropped, the paper's selective recomputation, for
-    attention that keeps no scores (FlashAttention).
+    attention that keeps no scores (FlashAttention); without `logits` theirs, for a loss that is taken in tiles, which
+    trl 1.16 does and what was measured did.
     """
     model = architecture(MODELS[row["model"]])
     b, s, h, a = row["rows"], row["length"], model.hidden, model.heads
     kept = row["layout"].get(STORED, 0)
     layer = s * b * (34 * h + (5 * a * s if scores else 0))
-    return kept * layer + (model.layers - kept) * 2 * s * b * h + 4 * b * s * model.vocabulary
+    head = 4 * b * s * model.vocabulary if logits else 0
+    return kept * layer + (model.layers - kept) * 2 * s * b * h + head
 
 
-def formula_bytes(row: dict, *, trained: int, scores: bool) -> float:
+def formula_bytes(row: dict, *, trained: int, scores: bool, logits: bool = True) -> float:
     """Weights + adapters + activations, the rule of most calculators and posts on LoRA and QLoRA, such as EleutherAI's
     "Transformer Math 101" (blog.eleuther.ai/transformer-math) with the trained parameters of Hu et al. 2021.
 
     Args:
         trained: bytes a trained parameter, SIXTEEN_BIT or MIXED.
-        scores: count attention scores, as `activation_bytes` says.
+        scores, logits: count them, as `activation_bytes` says.
     """
     weights = architecture(MODELS[row["model"]]).parameters * WEIGHT_BYTES[row["method"]]
-    return weights + adapter_parameters(row) * trained + activation_bytes(row, scores=scores)
+    return weights + adapter_parameters(row) * trained + activation_bytes(row, scores=scores, logits=logits)
 
 
 def weights_and_a_fifth(row: dict) -> float:
@@ -128,6 +130,9 @@ OTHERS: dict[str, Callable[[dict], float | None]] = {
     "formula, 16 bytes a trained parameter": lambda row: formula_bytes(row, trained=MIXED, scores=True),
     "formula, 16 bytes, scores only where the math kernel keeps them": lambda row: formula_bytes(
         row, trained=MIXED, scores=row["kernel"] == "math"
+    ),
+    "the same, and no logits": lambda row: formula_bytes(
+        row, trained=MIXED, scores=row["kernel"] == "math", logits=False
     ),
 }
 """Bytes that each says of a row; None where it says nothing."""
