@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llamanb.advice import does_not_fit
 from llamanb.architecture import Architecture, architecture
 from llamanb.card import Card
 from llamanb.errors import GpuError
@@ -45,7 +46,8 @@ def rehearse(plan: Plan) -> Plan:
     Takes some ten seconds and as much memory as a few layers and the embeddings need.
 
     Raises:
-        GpuError: there is no GPU, or not the plan's kind.
+        GpuError: there is no GPU, or one of another capability or size than the plan's.
+        DoesNotFitError: the trials show that the plan does not fit, however its layers are laid out.
     """
     card = plan.card
     if not card.is_gpu:
@@ -89,7 +91,7 @@ def _require_gpu(card: Card) -> None:
 def _small_layouts(plan: Plan, work: Workload) -> list[tuple[str, ...]]:
     """A few layers of each kind the plan has or could have, and then more of one kind at a time, as far as they fit."""
     again = next((kind for kind in plan.layers if kind != STORED), CHECKPOINTED)
-    if plan.recipe.checkpointing == "auto" and plan.recomputed:
+    if plan.recipe.checkpointing == "auto":
         kinds = (again, STORED)
     else:
         kinds = tuple(kind for kind in (again, STORED) if kind in plan.layers)
@@ -102,7 +104,7 @@ def _small_layouts(plan: Plan, work: Workload) -> list[tuple[str, ...]]:
             found += [layers for layers in deeper if _fits(plan, work, layers)][:1]
         if len(found) == 1 + len(kinds):
             break
-    return found or [(again,), (again, again)]
+    return found or [(kinds[0],), (kinds[0],) * 2]
 
 
 def _fits(plan: Plan, work: Workload, layers: tuple[str, ...]) -> bool:
@@ -132,22 +134,25 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
     rows = random_rows(shape.vocabulary, plan.length, plan.micro_batch_size, STEPS * recipe.effective_batch_size)
     data = TrainingData("random rows", "token ids", tokenizer, rows, [], [], [])
     instants = Instants()
-    with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
-        _make_workspaces(torch)
+    model = trainer = None
+    try:
+        with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
+            _make_workspaces(torch)
+            torch.cuda.empty_cache()
+            others = torch.cuda.memory_allocated() - round(2 * plan.card.workspace_mib * 2**20)
+            model = load_model(small, tokenizer, replace(shape, layers=len(layers)))
+            if recipe.adapters:
+                model = attach_adapters(model, recipe)
+            torch.cuda.empty_cache()  # what loading took is not what a real checkpoint takes
+            torch.cuda.reset_peak_memory_stats()
+            trainer = build_trainer(small, model, data, Path(folder), [])
+            instants.attach(trainer)
+            trainer.train()
+    finally:
+        let_go()
+        del trainer, model
+        gc.collect()
         torch.cuda.empty_cache()
-        others = torch.cuda.memory_allocated() - round(2 * plan.card.workspace_mib * 2**20)
-        model = load_model(small, tokenizer, replace(shape, layers=len(layers)))
-        if recipe.adapters:
-            model = attach_adapters(model, recipe)
-        torch.cuda.empty_cache()  # what loading took is not what a real checkpoint takes
-        torch.cuda.reset_peak_memory_stats()
-        trainer = build_trainer(small, model, data, Path(folder), [])
-        instants.attach(trainer)
-        trainer.train()
-    let_go()
-    del trainer, model
-    gc.collect()
-    torch.cuda.empty_cache()
     micro, optimizer = instants.times(accumulation)
     peaks = {part: peak - others for part, peak in instants.peaks.items()}
     return _Trial(layers, peaks, instants.reserved - others, micro, optimizer)
@@ -162,7 +167,7 @@ def _make_workspaces(torch) -> None:
 def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
     """The plan with what the trials showed; its layers filled up to MARGIN_REHEARSED of the card."""
     limit = plan.card.free_gib * GIB * (1 - MARGIN_REHEARSED)
-    recomputed = plan.recomputed
+    recomputed, why = plan.recomputed, plan.reasons.get("layers", "")
     if plan.recipe.checkpointing == "auto" and work.layers.count(CHECKPOINTED) == recomputed:
         low, high = 0, len(work.layers)
         while low < high:
@@ -172,13 +177,20 @@ def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
             else:
                 low = middle + 1
         work = _with_recomputed(work, low)
-    return plan.replace(
+        why = f"as few layers recomputed as fit {limit / GIB:.2f} GiB, as rehearsed" if low else "all of them fit"
+    depths = [len(trial.layers) for trial in trials]
+    made = plan.replace(
         layers=work.layers,
         memory=_memory(work, trials),
         time=_time(work, trials, plan.accumulation),
         limit_gib=limit / GIB,
-        basis=f"{len(trials)} rehearsals with {len(trials[0].layers)} to {len(trials[-1].layers)} layers on this GPU",
+        reasons={**plan.reasons, "layers": why},
+        alternatives=(),  # they were predicted, and not rehearsed
+        basis=f"{len(trials)} rehearsals with {min(depths)} to {max(depths)} layers on this GPU",
     )
+    if made.memory.reserved > limit:
+        raise does_not_fit(made, work.model, limit)
+    return made
 
 
 def _with_recomputed(work: Workload, count: int) -> Workload:
