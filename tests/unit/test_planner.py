@@ -329,3 +329,13 @@ def test_pins_are_what_was_measured(package):
     expected = TORCH_PINNED if package == "torch" else MEASURED_WITH[package]
     assert pins[package] == expected, MEASURE_AGAIN.format(package, pins[package], MEASURED_WITH[package])
     assert MEASURED_WITH["torch"] == "2.11.0", "with the same torch as the pin, drop TORCH_PINNED"
+
+
+def test_dora_is_planned_for_with_room():
+    plain, dora = (
+        plan(Recipe(model="meta-llama/Llama-3.1-8B-Instruct", dora=dora, micro_batch_size=1), "RTX 4090")
+        for dora in (False, True)
+    )
+    assert dora.memory.allocated > 1.5 * plain.memory.allocated or dora.recomputed > plain.recomputed
+    assert dora.limit_gib < plain.limit_gib
+    assert "DoRA" in dora.basis
