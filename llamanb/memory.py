@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from dataclasses import dataclass, replace
 
 from llamanb.allocator import Allocator
@@ -87,8 +88,15 @@ class Outline:
         return max(sum(buckets.values()) for buckets in self.peaks.values())
 
 
-def predict(work: Workload, *, expandable: bool = True) -> Memory:
-    """Memory of a workload; `expandable` as in allocator.Allocator."""
+def segments_grow() -> bool:
+    """Whether torch's allocator will use expandable segments here: `import llamanb` asks for them, unless the user has
+    a setting that says something else."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    return "expandable_segments:True" in settings
+
+
+def predict(work: Workload, *, expandable: bool | None = None) -> Memory:
+    """Memory of a workload; `expandable` as in allocator.Allocator, or None for what is set in this process."""
     found = outline(work)
     totals = {instant: sum(buckets.values()) for instant, buckets in found.peaks.items()}
     whole, gaps = replayed(work, expandable=expandable)
@@ -148,9 +156,10 @@ def tape_peaks(tape: Tape) -> dict[str, dict[str, int]]:
     return found
 
 
-def replayed(work: Workload, *, expandable: bool = True) -> tuple[int, int]:
+def replayed(work: Workload, *, expandable: bool | None = None) -> tuple[int, int]:
     """What the allocator adds, in bytes: to what is allocated, where it gives larger blocks than it was asked for (only
     without expandable segments), and on top of that to what is reserved."""
+    expandable = segments_grow() if expandable is None else expandable
     depth = len(work.layers)
     if depth <= REPLAYED:
         return _replayed(work, expandable)

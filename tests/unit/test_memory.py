@@ -172,3 +172,13 @@ def test_what_a_shallow_model_reserves_is_replayed(expandable):
 def test_what_a_deep_model_reserves_is_near_the_replay_of_its_whole_tape(name, stored):
     work = of(name, stored, rows=4, length=512)
     assert predict(work).reserved == pytest.approx(replay(record(work)).peak_reserved, rel=0.01)
+
+
+def test_the_user_s_own_allocator_settings_are_planned_for(monkeypatch):
+    work = of("meta-llama/Llama-3.2-1B-Instruct", 8, rank=128)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    growing = predict(work)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    assert predict(work) == predict(work, expandable=False)
+    assert growing == predict(work, expandable=True)
+    assert growing.reserved != predict(work).reserved
