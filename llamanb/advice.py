@@ -30,7 +30,9 @@ def does_not_fit(plan: Plan, model: Architecture, limit: float) -> DoesNotFitErr
         f"{plan.recipe.model} ({plan.recipe.method}) needs {plan.needs_gib:.2f} GiB at the least, and {card.name} has "
     )
     what += f"{limit / GIB:.2f} to plan with"
-    why = f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, and most of them are {bucket}: "
+    why = (
+        f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, the largest part of it {bucket}: "
+    )
     why += f"{memory.buckets[bucket] / GIB:.2f} GiB"
     fix = (
         changes.rows[0][0]
@@ -66,7 +68,7 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
         )
     if recipe.precision == "fp32":
         yield "precision = 'auto'", "digits that training does not need", tried(precision="auto")
-    if recipe.quantization in ("nf4", "fp4") and not recipe.double_quant:
+    if recipe.quantization in ("nf4", "fp4") and not recipe.double_quant and model.quantization is None:
         yield "double_quant = True", "hardly anything", tried(double_quant=True)
     if recipe.optimizer not in ("auto", "paged_adamw_8bit"):
         yield "optimizer = 'paged_adamw_8bit'", "hardly anything", tried(optimizer="paged_adamw_8bit")
@@ -79,16 +81,16 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
             lambda: _longest(recipe, card, model),
         )
     if recipe.rank > 8:
-        yield "rank = 8", "room to learn", tried(rank=8)
+        ranks = (recipe.rank >> n for n in range(1, recipe.rank.bit_length() - 3))
+        smaller = [recipe.replace(rank=rank) for rank in ranks]
+        yield (lambda plan: f"rank = {plan.recipe.rank}"), "room to learn", lambda: _first(smaller, card, model)
     if recipe.targets != "attention" and recipe.adapters:
         yield "targets = 'attention'", "some of what can be learned", tried(targets="attention")
     if recipe.method != "qlora-nf4":
         yield "method = 'qlora-nf4'", "4-bit weights: slower steps, slightly less exact", tried(method="qlora-nf4")
-    for name in SMALLER:
-        other = architecture(name)
-        if other.parameters < model.parameters:
-            yield f"model = {name!r}", "a smaller model", lambda other=other: fitting(recipe, card, other)
-            break
+    if model.parameters > architecture(SMALLER[-1]).parameters:
+        change = (lambda plan: f"model = {plan.recipe.model!r}"), "a smaller model"
+        yield *change, lambda: _smaller_model(recipe, card, model)
     yield (lambda plan: f"a larger card: {plan.card.name}"), "money", lambda: _smallest_card(recipe, card, model)
 
 
@@ -114,15 +116,26 @@ def _longest(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
     return best
 
 
+def _first(recipes: Iterable[Recipe], card: Card, model: Architecture) -> Plan | None:
+    return next((made for recipe in recipes if (made := fitting(recipe, card, model))), None)
+
+
+def _smaller_model(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
+    """The plan for the largest smaller model that fits."""
+    shapes = {name: architecture(name) for name in SMALLER}
+    smaller = (name for name, shape in shapes.items() if shape.parameters < model.parameters)
+    return next((made for name in smaller if (made := fitting(recipe.replace(model=name), card, shapes[name]))), None)
+
+
 def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
     larger = (Card.known(name) for name in sorted(ROWS, key=lambda name: ROWS[name].vram_gib))
-    larger = (one for one in larger if one.free_gib > card.free_gib and one.runs_default_torch)
+    larger = (one for one in larger if one.vram_gib > card.vram_gib and one.runs_default_torch)
     return next((made for one in larger if (made := fitting(recipe, one, model))), None)
 
 
-def trainable(card: Card | str) -> Table:
+def trainable(card: Card | str | None = None) -> Table:
     """What a card can train: for each model and method the longest row, in tokens, with every layer recomputed."""
-    card = Card.known(card) if isinstance(card, str) else card
+    card = Card.known(card) if isinstance(card, str) else card or Card.here()
     headers = ["model", "parameters", *TABLE_METHODS]
     if not card.is_gpu:
         return Table(headers, [], 'a CPU: its memory is not planned for; trainable("T4") asks for a card')

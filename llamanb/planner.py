@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamanb.architecture import Architecture, architecture, require_method
 from llamanb.card import Card
@@ -38,6 +38,8 @@ GAPS_GUESS, GAPS_LEAST = 0.02, 96 * 2**20
 """Share of the allocated memory, and bytes, taken for gaps while searching; the layout chosen is replayed."""
 MOST_TOKENS = 65536
 """Tokens of the largest micro-batch that is looked at."""
+MOST_TRIED = 6
+"""Micro-batches that are looked at, spread over the divisors of the effective batch."""
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU."""
 
@@ -104,7 +106,8 @@ def search(
     margin = MARGIN if margin is None and _as_measured() else MARGIN_ELSEWHERE if margin is None else margin
     limit = card.free_gib * GIB * (1 - margin - (MARGIN_DORA if recipe.dora else 0))
 
-    best, others = _fastest(recipe, card, base, limit)
+    timed = replace(card, tflops=None) if recipe.dora else card  # fp32 in the plan's memory, not in its arithmetic
+    best, others = _fastest(recipe, timed, base, limit)
     fits = best.memory.reserved <= limit  # else what comes closest
     rows = best.work.rows
     made = Plan(
@@ -214,7 +217,8 @@ def _micro_batches(recipe: Recipe, base: Workload) -> list[int]:
     effective = recipe.effective_batch_size
     most = max(1, MOST_TOKENS // base.length)
     divisors = [rows for rows in range(min(effective, most), 0, -1) if effective % rows == 0]
-    return divisors if len(divisors) <= 6 else sorted({*divisors[-5:], divisors[0]}, reverse=True)
+    last = len(divisors) - 1
+    return divisors if last < MOST_TRIED else [divisors[round(i * last / (MOST_TRIED - 1))] for i in range(MOST_TRIED)]
 
 
 def _with_rows(recipe: Recipe, base: Workload, rows: int) -> Workload:
@@ -275,7 +279,8 @@ def _alternative(one: _Candidate, best: _Candidate, limit: float) -> Alternative
     if one.memory.reserved > limit:
         verdict = f"needs {(one.memory.reserved - limit) / GIB:.2f} GiB more than there is to plan with"
     elif one.time and best.time:
-        verdict = f"{one.time.step_s / best.time.step_s - 1:.0%} slower"
+        ratio = one.time.step_s / best.time.step_s
+        verdict = f"{ratio - 1:.0%} slower" if ratio < 2 else f"takes {ratio:.0f} times as long"
     else:
         verdict = "more layers recomputed" if one.recomputed > best.recomputed else "smaller products"
     step_s = one.time.step_s if one.time else None

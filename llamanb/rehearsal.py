@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import tempfile
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -148,6 +149,13 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
             trainer = build_trainer(small, model, data, Path(folder), [])
             instants.attach(trainer)
             trainer.train()
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+        raise GpuError(
+            f"the rehearsal of {len(layers)} layers ran out of memory",
+            str(error).split(". ")[0],
+            "something else may hold the GPU (nvidia-smi); or take a shorter max_length",
+        ) from None
     finally:
         let_go()
         del trainer, model

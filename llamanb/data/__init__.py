@@ -70,6 +70,7 @@ def load_data(recipe: Recipe) -> TrainingData:
     encoder = Encoder(tokenizer, recipe.max_length, everything=recipe.loss_on == "everything")
     skipped, too_long, longest = list(bad), [], 0
     encoded: list[tuple[Example, Encoded]] = []
+    trained = None
     for i, example in enumerate(given):
         if i == held_from:
             trained = len(encoded)  # the rows from here on come held out
@@ -95,6 +96,7 @@ def load_data(recipe: Recipe) -> TrainingData:
             f"{len(skipped) + len(too_long)} rows were skipped: {(skipped + too_long)[0]}",
             "correct the rows, or set a larger max_length",
         )
+    trained = len(encoded) if trained is None else trained
     held = set(range(trained, len(encoded))) if held_from is not None else _held_out([e for e, _ in encoded], recipe)
     return TrainingData(
         source=recipe.dataset,

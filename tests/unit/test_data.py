@@ -175,3 +175,9 @@ def test_real_rows_with_the_real_vocabulary(real_data, tmp_path, trl_template, n
     for row, example in zip(data.held_out, data.held_out_examples, strict=True):
         learned = tokenizer.decode([label for label in row.labels if label != -100])
         assert learned == example.messages[-1]["content"].strip() + "<|eot_id|>"
+
+
+def test_the_tiny_rows_without_any_held_out():
+    data = load_data(Recipe(eval_rows=0))
+    assert data.train
+    assert data.held_out == []
