@@ -358,7 +358,10 @@ def _plan_on_cpu(recipe: Recipe, card: Card, data) -> Plan:
 def _steps(recipe: Recipe, data) -> int | None:
     if recipe.steps:
         return recipe.steps
-    return math.ceil(len(data.train) * recipe.epochs / recipe.effective_batch_size) if data else None
+    if not data:
+        return None
+    a_pass = max(1, math.ceil(len(data.train) / recipe.effective_batch_size))  # the Trainer rounds each pass up
+    return math.ceil(a_pass * recipe.epochs)
 
 
 def _basis(recipe: Recipe) -> str:

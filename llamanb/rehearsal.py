@@ -22,7 +22,7 @@ from llamanb.layout import GIB, Plan
 from llamanb.memory import SEEN, Memory, predict
 from llamanb.planner import MARGIN_REHEARSED, workload
 from llamanb.speed import StepTime
-from llamanb.tape import CHECKPOINTED, STORED, Workload
+from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 
 FEW, MORE = 2, 6
 """Layers of a kind in the first model, and by how many at most the others have more of one kind."""
@@ -92,7 +92,7 @@ def _require_gpu(card: Card) -> None:
 def _small_layouts(plan: Plan, work: Workload) -> list[tuple[str, ...]]:
     """A few layers of each kind the plan has or could have, and then more of one kind at a time, as far as they fit."""
     again = next((kind for kind in plan.layers if kind != STORED), CHECKPOINTED)
-    if plan.recipe.checkpointing == "auto":
+    if plan.recipe.checkpointing == "auto" and OFFLOADED not in plan.layers:
         kinds = (again, STORED)
     else:
         kinds = tuple(kind for kind in (again, STORED) if kind in plan.layers)
@@ -110,7 +110,8 @@ def _small_layouts(plan: Plan, work: Workload) -> list[tuple[str, ...]]:
 
 def _fits(plan: Plan, work: Workload, layers: tuple[str, ...]) -> bool:
     small = work.replace(model=replace(work.model, layers=len(layers)), layers=layers)
-    return predict(small).reserved <= plan.card.free_gib * GIB * (1 - MARGIN_REHEARSED)
+    room = plan.card.free_gib * (1 - MARGIN_REHEARSED) if plan.limit_gib is None else plan.limit_gib
+    return predict(small).reserved <= room * GIB
 
 
 def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
