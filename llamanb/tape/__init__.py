@@ -2,9 +2,9 @@
 
 The tape follows the code that runs: transformers' Llama layer (modeling_llama.py), peft's LoRA layers (tuners/lora),
 bitsandbytes' products (autograd/_functions.py, backends/cuda/ops.py), torch's autograd and checkpointing, trl's tiled
-loss (kernels/chunked_logprob.py). Each method of the package mirrors one of them, forward and backward, and is held to torch's
-own recorded history (tests/data, tests/unit/test_tape.py). Sizes are bytes. Scalars and tensors of a few bytes a
-token are left out.
+loss (kernels/chunked_logprob.py). Each method here mirrors one of them, forward and backward, and is held to torch's
+own recorded history (tests/data, tests/unit/test_tape.py). Sizes are bytes. Scalars and tensors of a few bytes a token
+are left out.
 
 `N` is the tokens of a micro-batch, `e` the bytes of a number in the step's arithmetic, `r` the rank.
 """
