@@ -208,6 +208,8 @@ def train_and_watch(plan: Plan, steps: int, *, lengths: random.Random | None = N
                 model = attach_adapters(model, plan.recipe)
             loaded = torch.cuda.memory_allocated()
             trainer = build_trainer(plan, model, data, Path(folder), [])
+            if not lengths:
+                trainer.args.train_sampling_strategy = "sequential"  # each micro-batch of full length, with a mask
             instants.attach(trainer)
             trainer.train()
         except torch.OutOfMemoryError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +22,13 @@ from llamanb.errors import GpuError
 from llamanb.layout import GIB, Plan
 from llamanb.memory import SEEN, Memory, predict
 from llamanb.planner import MARGIN_REHEARSED, workload
-from llamanb.speed import StepTime
+from llamanb.speed import StepTime, flops
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 
 FEW, MORE = 2, 6
 """Layers of a kind in the first model, and by how many at most the others have more of one kind."""
-STEPS = 8
-"""Optimizer steps of each: the first also compiles and warms up."""
+STEPS, ENOUGH_S, LEAST_STEPS = 24, 3.0, 3
+"""Optimizer steps of each model at most; so many seconds are enough, after so many steps. The first also warms up."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,11 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
             torch.cuda.empty_cache()  # what loading took is not what a real checkpoint takes
             torch.cuda.reset_peak_memory_stats()
             trainer = build_trainer(small, model, data, Path(folder), [])
+            # In the order of the rows, so that each micro-batch is one of full length that needs a mask: without one
+            # a step of 8B takes 15 % less.
+            trainer.args.train_sampling_strategy = "sequential"
             instants.attach(trainer)
+            trainer.add_callback(_enough())
             trainer.train()
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)  # they hold the model
@@ -165,6 +170,20 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
     micro, optimizer = instants.times(accumulation)
     peaks = {part: peak - others for part, peak in instants.peaks.items()}
     return _Trial(layers, peaks, instants.reserved - others, micro, optimizer)
+
+
+def _enough():
+    """Ends a trial after ENOUGH_S."""
+    from transformers import TrainerCallback
+
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                self.begin_s = time.monotonic()
+            elif state.global_step >= LEAST_STEPS and time.monotonic() - self.begin_s >= ENOUGH_S:
+                control.should_training_stop = True
+
+    return Enough()
 
 
 def _make_workspaces(torch) -> None:
@@ -246,30 +265,44 @@ def _first_difference(few: tuple[str, ...], more: tuple[str, ...]) -> int:
 
 
 def _time(work: Workload, trials: list[_Trial], accumulation: int) -> StepTime:
-    """Time of a step: each layer of a kind costs what the trials with more of them took longer."""
+    """Time of a step: each layer of a kind costs what the trials with more of them took longer. A kind that no trial
+    had more of, for want of memory, costs as much more or less than the others as its arithmetic says."""
     base, *more = trials
     micro, optimizer = base.micro_batch_s, base.optimizer_s
+    costs: dict[str, tuple[float, float]] = {}
     for trial in more:
         kind = trial.layers[_first_difference(base.layers, trial.layers)]
         grown = trial.layers.count(kind) - base.layers.count(kind)
+        costs[kind] = (
+            (trial.micro_batch_s - base.micro_batch_s) / grown,
+            (trial.optimizer_s - base.optimizer_s) / grown,
+        )
+    for kind in set(work.layers):
+        if kind not in costs and costs:
+            tried, (of_micro, of_optimizer) = next(iter(costs.items()))
+            ratio = sum(flops(_alone(work, kind))) / sum(flops(_alone(work, tried)))
+            costs[kind] = of_micro * ratio, of_optimizer
+    for kind, (of_micro, of_optimizer) in costs.items():
         left = work.layers.count(kind) - base.layers.count(kind)
-        micro += (trial.micro_batch_s - base.micro_batch_s) / grown * left
-        optimizer += (trial.optimizer_s - base.optimizer_s) / grown * left
+        micro, optimizer = micro + of_micro * left, optimizer + of_optimizer * left
     return StepTime(measured_s=accumulation * micro + optimizer)
 
 
+def _alone(work: Workload, kind: str) -> Workload:
+    return work.replace(model=replace(work.model, layers=1, vocabulary=1), layers=(kind,))
+
+
 def random_rows(vocabulary: int, length: int, rows: int, count: int) -> list:
-    """`count` rows of random tokens: of each micro-batch of `rows` all but one are one token shorter than `length`, so
-    that a batch of several needs a mask as real ones do."""
-    import random
+    """`count` rows of random tokens: of each micro-batch of `rows` all but the first are one token shorter than
+    `length`, so that a batch of several needs a mask as real ones do."""
+    import numpy as np
 
     from llamanb.data.encode import IGNORE, Encoded
 
-    source = random.Random(0)
+    source = np.random.default_rng(0)
     made = []
     for i in range(count):
-        size = length if i % rows == 0 else length - 1
-        ids = [source.randrange(vocabulary) for _ in range(size)]
+        ids = source.integers(vocabulary, size=length if i % rows == 0 else length - 1).tolist()
         made.append(Encoded(ids, [IGNORE, *ids[1:]]))
     return made
 
