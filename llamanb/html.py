@@ -6,14 +6,37 @@ notebook; no other module writes markup around such text.
 
 from __future__ import annotations
 
+import base64
 import html
+import unicodedata
 from collections.abc import Mapping, Sequence
+
+KEPT = "\n\t\u200c\u200d"
+"""Of what has no shape of its own: line breaks, and the joiners that Persian, Hindi and emoji are written with."""
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's categories of control characters (ANSI escapes begin with one), of what turns the direction of text or
+does not show, of halves of characters, and of its other line breaks."""
+
+
+def visible(text: object) -> str:
+    """The text with a replacement character for each one that would hide, reorder or break it in a terminal or page."""
+    characters = str(text).replace("\r\n", "\n")
+    return "".join(
+        c if c in KEPT or unicodedata.category(c) not in HIDDEN else "\N{REPLACEMENT CHARACTER}" for c in characters
+    )
+
+
+def escape_attribute(text: object) -> str:
+    """Makes any text safe to stand in the quotes of an attribute."""
+    return html.escape(visible(text), quote=True)
 
 
 def escape_text(text: object) -> str:
-    """Makes any text safe to stand in HTML: markup, control characters and MathJax delimiters show as themselves."""
-    visible = "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    escaped = html.escape(visible, quote=True)
+    """Makes any text safe to stand in HTML: markup, control characters and MathJax delimiters show as themselves.
+
+    Links of any kind (addresses, Markdown's, a notebook's `command:`) stay words: HTML makes none of them by itself.
+    """
+    escaped = escape_attribute(text)
     for delimiter in ("$", "\\"):  # an element between the two characters of a delimiter keeps MathJax from seeing it
         escaped = escaped.replace(delimiter, f"<span>{delimiter}</span>")
     return escaped
@@ -21,7 +44,26 @@ def escape_text(text: object) -> str:
 
 def paragraph(text: object) -> str:
     """Text that wraps where it must and keeps its own line breaks."""
-    return f"<div style='white-space:pre-wrap;line-height:1.5'>{escape_text(text)}</div>"
+    return f"<div style='white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5'>{escape_text(text)}</div>"
+
+
+def alert(kind: str, what: object, parts: Mapping[str, object], below: str = "") -> str:
+    """What went wrong, as a card.
+
+    Args:
+        kind: a word for it.
+        what: the heading.
+        parts: named texts under it.
+        below: HTML that ends the card.
+    """
+    frame = "border:1px solid #8888;border-left:5px solid #d1242f;border-radius:4px;padding:0.6em 1em 0.8em"
+    names = "".join(f"<b>{escape_text(name)}</b>{paragraph(text)}" for name, text in parts.items())
+    grid = "display:grid;grid-template-columns:max-content 1fr;column-gap:1em;line-height:1.5"
+    return (
+        f"<div role='alert' style='{frame};margin:0.3em 0;max-width:60em'><div style='opacity:0.75'>{escape_text(kind)}"
+        f"</div><div role='heading' aria-level='3' style='font-weight:bold;font-size:1.15em;margin-bottom:0.4em'>"
+        f"{paragraph(what)}</div><div style='{grid}'>{names}</div>{below}</div>"
+    )
 
 
 class Table:
@@ -37,12 +79,13 @@ class Table:
         self.headers, self.rows, self.caption = list(headers), [list(row) for row in rows], caption
 
     def __str__(self) -> str:
-        cells = [[str(cell).replace("\n", " ") for cell in row] for row in [self.headers, *self.rows]]
+        cells = [[visible(cell).replace("\n", " ") for cell in row] for row in [self.headers, *self.rows]]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.headers))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
         ]
-        return "\n".join(([self.caption] if self.caption else []) + [lines[0], "-" * len(lines[0]), *lines[1:]])
+        caption = [visible(self.caption)] if self.caption else []
+        return "\n".join([*caption, lines[0], "-" * len(lines[0]), *lines[1:]])
 
     __repr__ = __str__
 
@@ -99,7 +142,7 @@ class Bar:
             for letter, (name, size) in zip(letters, self.parts.items(), strict=False)
             if size
         ]
-        return "\n".join([*([self.caption] if self.caption else []), row, self.summary, *names])
+        return visible("\n".join([*([self.caption] if self.caption else []), row, self.summary, *names]))
 
     __repr__ = __str__
 
@@ -110,21 +153,66 @@ class Bar:
             if not size:
                 continue
             color = self.COLORS[i % len(self.COLORS)]
-            label = escape_text(f"{name}: {size:.2f} {self.unit}")
-            pieces += f"<div title='{label}' style='width:{size * scale:.2f}%;background:{color}'></div>"
+            label = f"{name}: {size:.2f} {self.unit}"
+            part = f"width:{size * scale:.2f}%;background:{color}"
+            pieces += f"<div title='{escape_attribute(label)}' style='{part}'></div>"
             swatch = f"display:inline-block;width:0.8em;height:0.8em;background:{color};margin-right:4px"
-            name = f"<span style='{swatch}'></span>{label}"
+            name = f"<span style='{swatch}'></span>{escape_text(label)}"
             names += f"<span style='display:inline-block;margin-right:1.2em'>{name}</span>"
         frame = "position:relative;display:flex;height:1.6em;border:1px solid #8888;max-width:60em"
         line = f"position:absolute;left:{self.limit * scale:.2f}%;top:-3px;bottom:-3px;border-left:2px solid #d1242f"
-        words = escape_text(self.summary)
+        words = escape_attribute(self.summary)
         return (
             f"<div style='margin:0.6em 0;max-width:60em'><div>{escape_text(self.caption)}</div>"
             f"<div role='img' aria-label='{words}' style='{frame}'>{pieces}<div style='{line}'></div></div>"
-            f"<div>{words}</div><div style='line-height:1.6'>{names}</div></div>"
+            f"<div>{escape_text(self.summary)}</div><div style='line-height:1.6'>{names}</div></div>"
         )
 
 
 def join(*parts: object) -> str:
     """The HTML of several pieces, one under the other; None is left out."""
     return "".join(part._repr_html_() for part in parts if part is not None)
+
+
+def progress(done: float, words: str) -> str:
+    """A bar of how much is done, from 0 to 1, and words under it."""
+    share = f"{100 * min(max(done, 0.0), 1.0):.0f}"
+    bar = f"<progress max='100' value='{share}' aria-label='{share} % done' style='width:100%'></progress>"
+    return f"<div style='max-width:60em'>{bar}<div>{escape_text(words)}</div></div>"
+
+
+def image(png: bytes, words: str) -> str:
+    """A picture inside the page, with what it shows in words."""
+    data = base64.b64encode(png).decode()
+    return f"<img alt='{escape_attribute(words)}' src='data:image/png;base64,{data}' style='max-width:100%'>"
+
+
+def heading(text: object) -> str:
+    return f"<h2>{escape_text(text)}</h2>"
+
+
+def page(title: str, *parts: str) -> str:
+    """A whole document that needs nothing beside it, for a screen, light or dark, and for paper."""
+    style = (
+        ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;"
+        "padding:0 1em}table{border-collapse:collapse;margin:0.6em 0}th,td{padding:0.2em 0.8em 0.2em 0;"
+        "border-bottom:1px solid #8884}pre{white-space:pre-wrap}caption{margin-bottom:0.3em}"
+        "@media print{body{margin:0;max-width:none}h2{break-after:avoid}table,img{break-inside:avoid}}"
+    )
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    head += f"<title>{escape_attribute(title)}</title>"
+    body = f"<h1>{escape_text(title)}</h1>" + "".join(parts)
+    return f"<!doctype html><html lang='en'><head>{head}<style>{style}</style></head><body>{body}</body></html>"
+
+
+def marked(pieces: Sequence[tuple[object, bool]]) -> str:
+    """Pieces of text one after the other: marked ones underlined on green, the others on grey, both in two shades in
+    turn, so that it shows where one ends."""
+    shown = ""
+    for i, (text, is_marked) in enumerate(pieces):
+        tag, color = ("u", "#2ea043") if is_marked else ("span", "#8c8c8c")
+        shown += f"<{tag} style='background:{color}{'55' if i % 2 else '26'};padding:2px 0'>{escape_text(text)}</{tag}>"
+    return (
+        "<div style='white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;line-height:1.8;max-width:60em;"
+        f"margin:0.5em 0'>{shown}</div>"
+    )

@@ -51,9 +51,9 @@ class DoesNotFitError(LlamanbError):
         super().__init__(what, why, fix)
         self.plan, self.changes = plan, changes
 
-    def _render_traceback_(self) -> list[str]:
-        changes = ["", *str(self.changes).splitlines()] if self.changes.rows else []
-        return [*super()._render_traceback_(), *changes]
+    @property
+    def details(self) -> tuple:
+        return tuple(piece for piece in (self.changes if self.changes.rows else None, self.plan.bar()) if piece)
 
 
 @dataclass(frozen=True)
