@@ -18,7 +18,7 @@ from llamanb import card as cards
 from llamanb import machine
 from llamanb.card import Card, Precision, choose_precision
 from llamanb.errors import GpuError, LlamanbError
-from llamanb.html import Table, escape_text
+from llamanb.html import Table, join, paragraph
 from llamanb.nvml import NvmlMemory, ask, gpu_processes, nvml_handle, nvml_memory, start_nvml
 from llamanb.trials import Attention, try_precisions, working_attention
 
@@ -41,7 +41,7 @@ class Section:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return self.table._repr_html_() + "".join(f"<p>{escape_text(note)}</p>" for note in self.notes)
+        return join(self.table) + "".join(map(paragraph, self.notes))
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class GpuCheck:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return "".join(section._repr_html_() for section in self.sections)
+        return join(*self.sections)
 
 
 def check_gpu(

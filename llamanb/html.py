@@ -44,7 +44,8 @@ def escape_text(text: object) -> str:
 
 def paragraph(text: object) -> str:
     """Text that wraps where it must and keeps its own line breaks."""
-    return f"<div style='white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5'>{escape_text(text)}</div>"
+    style = "margin:0.3em 0;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
+    return f"<div style='{style}'>{escape_text(text)}</div>"
 
 
 def alert(kind: str, what: object, parts: Mapping[str, object], below: str = "") -> str:
@@ -58,7 +59,7 @@ def alert(kind: str, what: object, parts: Mapping[str, object], below: str = "")
     """
     frame = "border:1px solid #8888;border-left:5px solid #d1242f;border-radius:4px;padding:0.6em 1em 0.8em"
     names = "".join(f"<b>{escape_text(name)}</b>{paragraph(text)}" for name, text in parts.items())
-    grid = "display:grid;grid-template-columns:max-content 1fr;column-gap:1em;line-height:1.5"
+    grid = "display:grid;grid-template-columns:max-content 1fr;column-gap:1em;align-items:baseline"
     return (
         f"<div role='alert' style='{frame};margin:0.3em 0;max-width:60em'><div style='opacity:0.75'>{escape_text(kind)}"
         f"</div><div role='heading' aria-level='3' style='font-weight:bold;font-size:1.15em;margin-bottom:0.4em'>"

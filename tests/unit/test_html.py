@@ -1,7 +1,6 @@
 import pytest
 
-from llamanb.errors import LlamanbError
-from llamanb.html import Bar, Table, escape_text, join
+from llamanb.html import Bar, Table, alert, escape_text, join, paragraph
 
 
 @pytest.mark.parametrize(
@@ -25,9 +24,48 @@ def test_mathjax_sees_no_delimiter():
     assert "\\(" not in escape_text("\\(x\\)")
 
 
-def test_control_characters_are_seen():
-    assert escape_text("a\x00b\x1bc\u202ed") == "a\ufffdb\ufffdc\ufffdd"
-    assert escape_text("a\tb\nc") == "a\tb\nc"
+HIDING = (
+    "\x00",
+    "\x1b",
+    "\x9b",
+    "\r",
+    "\x85",
+    "\u202e",
+    "\u2066",
+    "\u200b",
+    "\u2028",
+    "\ufeff",
+    "\U000e0041",
+    "\udfff",
+)
+
+
+@pytest.mark.parametrize("character", HIDING, ids=ascii)
+def test_what_hides_reorders_or_breaks_text_is_seen(character):
+    hostile = f"a{character}b"
+    table, bar = Table([hostile], [[hostile]], hostile), Bar({hostile: 1.0}, 2.0, hostile, hostile)
+    assert escape_text(hostile) == "a\ufffdb"
+    for text in (str(table), str(bar), join(table, bar)):
+        assert character not in text
+        assert "a\ufffdb" in text
+        text.encode()
+
+
+@pytest.mark.parametrize(
+    "text", ["a\tb\nc", "a\u00a0b", "\u06cc\u200c\u06cc", "\U0001f469\u200d\U0001f52c", "é", "\ue000"]
+)
+def test_what_is_written_with_such_characters_stays_as_it_is(text):
+    assert escape_text(text) == text
+
+
+def test_a_windows_line_break_is_one():
+    assert escape_text("a\r\nb") == "a\nb"
+
+
+def test_tooltips_and_names_for_screen_readers_hold_no_markup():
+    html = Bar({"$a": 1.0}, 2.0, "$", "")._repr_html_()
+    assert "title='$a: 1.00 $'" in html
+    assert "aria-label='1.00 of 2.00 $: 1.00 $ left'" in html
 
 
 def test_table_lines_up_as_text():
@@ -36,10 +74,16 @@ def test_table_lines_up_as_text():
     assert [line.index(n) for line, n in zip(lines[3:], ("1", "22"), strict=True)] == [11, 11]
 
 
-def test_an_error_says_what_why_and_how_to_fix():
-    error = LlamanbError("it broke", "it was old", "buy a new one")
-    assert str(error) == "it broke\n  why: it was old\n  fix: buy a new one"
-    assert error._render_traceback_() == ["LlamanbError: it broke", "  why: it was old", "  fix: buy a new one"]
+def test_a_card_says_what_it_is_without_its_colour():
+    html = alert("DataError", "it broke", {"why": "it was <old>"}, "<hr>")
+    assert html.startswith("<div role='alert'")
+    assert "role='heading' aria-level='3'" in html
+    assert html.index("DataError") < html.index("it broke") < html.index("<b>why</b>") < html.index("&lt;old&gt;")
+    assert html.endswith("<hr></div>")
+
+
+def test_a_long_word_breaks_where_the_page_ends():
+    assert "overflow-wrap:anywhere" in paragraph("a" * 1000)
 
 
 HOSTILE = ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "' onload='x", '"><svg/onload=x>')
