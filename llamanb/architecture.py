@@ -17,10 +17,8 @@ from typing import Any
 
 from llamanb import tiny
 from llamanb.errors import ModelError
-from llamanb.recipe import Recipe
+from llamanb.recipe import LINEAR_LAYERS, Recipe
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a decoder layer, in the order in which they are computed."""
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 """What bitsandbytes writes into a checkpoint."""
 
@@ -55,7 +53,7 @@ class Architecture:
         return self.kv_heads * self.head_size
 
     def linear(self, name: str) -> tuple[int, int]:
-        """(in, out) of one of PROJECTIONS."""
+        """(in, out) of one of LINEAR_LAYERS."""
         h, f = self.hidden, self.intermediate
         return {
             "q_proj": (h, self.q),
@@ -69,8 +67,8 @@ class Architecture:
 
     @property
     def layer_linear_parameters(self) -> int:
-        """Of one decoder layer's PROJECTIONS."""
-        return sum(rows * columns for rows, columns in map(self.linear, PROJECTIONS))
+        """Of one decoder layer's LINEAR_LAYERS."""
+        return sum(rows * columns for rows, columns in map(self.linear, LINEAR_LAYERS))
 
     @property
     def layer_parameters(self) -> int:
@@ -91,7 +89,7 @@ class Architecture:
 
 _LARGEST = {  # far above any Llama, and low enough that a byte count stays a number a person can read
     "hidden_size": 2**20,
-    "num_hidden_layers": 2**14,
+    "num_hidden_layers": 2**10,
     "num_attention_heads": 2**14,
     "num_key_value_heads": 2**14,
     "head_dim": 2**14,

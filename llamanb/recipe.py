@@ -24,6 +24,7 @@ METHODS = {
     "full": "every weight is trained, in 32-bit with 16-bit arithmetic; the largest",
 }
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Of a decoder layer, in the order in which they are computed."""
 TARGETS = {"all-linear": LINEAR_LAYERS, "attention": LINEAR_LAYERS[:4]}
 _CHOICES = {
     "method": tuple(METHODS),

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from llamanb.card import Card
 from llamanb.memory import outline
-from llamanb.recipe import LINEAR_LAYERS
 from llamanb.tape import BYTES, OFFLOADED, STORED, Workload
 
 READS_PER_WRITE = 2.5
@@ -54,7 +53,7 @@ def flops(work: Workload) -> tuple[float, float]:
     """(of matrix products, of attention) for one micro-batch, forward and backward."""
     model, tokens = work.model, work.tokens
     again = sum(kind != STORED for kind in work.layers)
-    adapters = 0 if work.full else sum(sum(model.linear(name)) for name in work.targets) * work.rank
+    adapters = _adapters(work)
     forward = 2 * tokens * (model.layer_linear_parameters + adapters)
     backward = forward + 2 * tokens * (model.layer_linear_parameters if work.full else adapters)
     matrix = model.layers * (forward + backward) + again * forward
@@ -62,6 +61,11 @@ def flops(work: Workload) -> tuple[float, float]:
     matrix += head * (4 if work.full else 3)  # once forward; again, and its gradient, backward
     scores = 4 * tokens * work.length * model.q * MASKED_HALF
     return matrix, scores * (3.5 * model.layers + again)
+
+
+def _adapters(work: Workload) -> int:
+    """Parameters of one layer's adapters."""
+    return 0 if work.full else sum(sum(work.model.linear(name)) for name in work.targets) * work.rank
 
 
 def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
@@ -72,8 +76,8 @@ def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
     rate = card.tflops * 1e12 * (FP32_RATE if work.dtype == "fp32" else 1)
     outlined = outline(work)
     moved = outlined.written * (1 + READS_PER_WRITE)
-    trained = sum(sum(work.model.linear(name)) for name in LINEAR_LAYERS) * work.rank * work.model.layers
-    moved += (work.model.parameters if work.full else trained) * 4 * 7 / accumulation  # Adam reads four, writes three
+    trained = work.model.parameters if work.full else _adapters(work) * work.model.layers
+    moved += trained * 4 * 7 / accumulation  # Adam reads four, writes three
     offloaded = sum(kind == OFFLOADED for kind in work.layers)
     link = 2 * offloaded * work.tokens * work.model.hidden * BYTES[work.dtype]
     return StepTime(

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from llamanb import hub, tiny
-from llamanb.architecture import PROJECTIONS, architecture, from_config, known
+from llamanb.architecture import architecture, from_config, known
 from llamanb.errors import ModelError
+from llamanb.recipe import LINEAR_LAYERS
 
 CONFIG = {
     "model_type": "llama",
@@ -105,7 +106,7 @@ def test_tiny_and_folders_read_their_own_config(tmp_path):
 
 def test_a_layers_linear_shapes():
     llama = architecture("meta-llama/Llama-3.1-8B")
-    assert {name: llama.linear(name) for name in PROJECTIONS} == {
+    assert {name: llama.linear(name) for name in LINEAR_LAYERS} == {
         "q_proj": (4096, 4096),
         "k_proj": (4096, 1024),
         "v_proj": (4096, 1024),
@@ -142,7 +143,7 @@ def test_transformers_counts_the_same(model):
     linear = {
         name.split(".")[-1]: (m.in_features, m.out_features) for name, m in layer.named_modules() if "proj" in name
     }
-    assert linear == {name: ours.linear(name) for name in PROJECTIONS}
+    assert linear == {name: ours.linear(name) for name in LINEAR_LAYERS}
 
 
 def test_old_configs_leave_out_what_has_a_default():
@@ -182,6 +183,7 @@ def test_what_a_checkpoint_already_is(quantization, kind):
         ({"num_hidden_layers": 0}, "num_hidden_layers is '0'"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers is '2.5'"),
         ({"num_hidden_layers": True}, "num_hidden_layers is 'True'"),
+        ({"num_hidden_layers": 1025}, "a whole number from 1 to 1,024"),
         ({"vocab_size": "1000"}, "vocab_size is '1000'"),
         ({"vocab_size": 10**30}, "vocab_size is '1000000000"),
         ({"intermediate_size": [1]}, "intermediate_size"),

@@ -6,6 +6,7 @@ import pytest
 
 from llamanb import Card
 from llamanb.architecture import architecture
+from llamanb.recipe import LINEAR_LAYERS
 from llamanb.speed import flops, step_time
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 
@@ -66,6 +67,14 @@ def test_attention_counts_half_of_the_scores():
     _, attention = flops(make())
     forward = 2 * 2 * 2 * 1024 * 1024 * EIGHT.q / 2  # two products, two operations each, rows, queries, half the keys
     assert attention == pytest.approx(3.5 * EIGHT.layers * forward)
+
+
+@pytest.mark.parametrize("targets", [LINEAR_LAYERS, ("q_proj", "v_proj")])
+def test_adam_reads_and_writes_what_is_trained(targets):
+    """Seven times four bytes a parameter, once a step; all else that is moved is moved in each micro-batch."""
+    one, two = (step_time(make(targets=targets), T4, accumulation).memory_s for accumulation in (1, 2))
+    trained = EIGHT.layers * 16 * sum(sum(EIGHT.linear(name)) for name in targets)
+    assert (2 * one - two) * T4.bandwidth_gbs * 1e9 == pytest.approx(28 * trained)
 
 
 def test_fp32_is_slower():
