@@ -57,9 +57,9 @@ def alert(kind: str, what: object, parts: Mapping[str, object], below: str = "")
         parts: named texts under it.
         below: HTML that ends the card.
     """
-    frame = "border:1px solid #8888;border-left:5px solid #d1242f;border-radius:4px;padding:0.6em 1em 0.8em"
+    frame = "border:1px solid #8888;border-left:5px solid #d1242f;border-radius:4px;padding:0.6em 1em 0.3em"
     names = "".join(f"<b>{escape_text(name)}</b>{paragraph(text)}" for name, text in parts.items())
-    grid = "display:grid;grid-template-columns:max-content 1fr;column-gap:1em;align-items:baseline"
+    grid = "display:grid;grid-template-columns:max-content 1fr;column-gap:1em;align-items:baseline;margin-bottom:0.6em"
     return (
         f"<div role='alert' style='{frame};margin:0.3em 0;max-width:60em'><div style='opacity:0.75'>{escape_text(kind)}"
         f"</div><div role='heading' aria-level='3' style='font-weight:bold;font-size:1.15em;margin-bottom:0.4em'>"
