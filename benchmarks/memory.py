@@ -27,7 +27,7 @@ from pathlib import Path
 from llamanb import Card, Recipe
 from llamanb.architecture import architecture
 from llamanb.layout import EXPANDED_ATTENTION, GIB, Plan
-from llamanb.memory import SEEN, Memory, predict
+from llamanb.memory import Memory, predict
 from llamanb.planner import search, workload
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 
@@ -86,9 +86,8 @@ def _layers(row: dict, source: random.Random) -> dict[str, int]:
 
 def told(memory: Memory) -> dict[str, float]:
     """A prediction as GiB by what can be measured."""
-    parts = {part: max(memory.peaks.get(i, 0) for i in instants) / GIB for part, instants in SEEN.items()}
     return {
-        **{part: round(size, 4) for part, size in parts.items()},
+        **{part: round(size / GIB, 4) for part, size in memory.parts.items()},
         "allocated": round(memory.allocated / GIB, 4),
         "reserved": round(memory.reserved / GIB, 4),
         "instant": memory.instant,

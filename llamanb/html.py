@@ -211,8 +211,8 @@ def marked(pieces: Sequence[tuple[object, bool]]) -> str:
     turn, so that it shows where one ends."""
     shown = ""
     for i, (text, is_marked) in enumerate(pieces):
-        tag, color = ("u", "#2ea043") if is_marked else ("span", "#8c8c8c")
-        shown += f"<{tag} style='background:{color}{'55' if i % 2 else '26'};padding:2px 0'>{escape_text(text)}</{tag}>"
+        tag, shades = ("u", ("#2ea04340", "#2ea04380")) if is_marked else ("span", ("#8c8c8c20", "#8c8c8c48"))
+        shown += f"<{tag} style='background:{shades[i % 2]};padding:2px 0'>{escape_text(text)}</{tag}>"
     return (
         "<div style='white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;line-height:1.8;max-width:60em;"
         f"margin:0.5em 0'>{shown}</div>"

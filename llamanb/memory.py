@@ -35,7 +35,8 @@ from llamanb.tape import (
 
 SEEN = {
     "load": (LOAD, ADAPT),
-    "forward": (FORWARD, HEAD),
+    "forward": (FORWARD,),
+    "loss": (HEAD,),
     "backward": (HEAD_BACKWARD, BACKWARD, RECOMPUTED),
     "optimizer step": (STEP,),
 }
@@ -61,6 +62,11 @@ class Memory:
     def instant(self) -> str:
         """When the peak occurs."""
         return max(self.peaks, key=self.peaks.get)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The peak of each part that can be told apart from outside (SEEN)."""
+        return {part: max(self.peaks.get(instant, 0) for instant in instants) for part, instants in SEEN.items()}
 
     @property
     def allocated(self) -> int:

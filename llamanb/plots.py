@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from llamanb.timeline import Timeline
 
 INK = "#7a7a7a"
-MEMORY, TORCH, LOSS, LIMIT = "#2f81f7", "#a371f7", "#e8710a", "#d1242f"
-PHASES = ("#8883", "#8881")
+MEMORY, TORCH, LOSS, PLANNED, LIMIT = "#2f81f7", "#a371f7", "#e8710a", "#1a9e96", "#d1242f"
+PHASES = {
+    "import": "#8c959f",
+    "load": "#6639ba",
+    "score": "#d4a72c",
+    "forward": MEMORY,
+    "loss": LOSS,
+    "backward": "#2ea043",
+    "optimizer step": "#db61a2",
+    "save": "#8c959f",
+}
 MOST_POINTS = 500
-LETTER_IN = 0.07
-"""Width of a letter of a phase's name, in inches."""
+MOST_BARS = 60
 
 
 class Picture:
@@ -36,78 +50,126 @@ class Picture:
         Path(path).write_bytes(self.png)
 
 
-def loss_picture(steps: Sequence[int], losses: Sequence[float]) -> Picture:
-    """Loss per trained token (nats) at each optimizer step."""
+def loss_picture(timeline: Timeline) -> Picture:
+    """Loss per trained token (nats) and learning rate at each optimizer step."""
     figure = Figure(figsize=(6, 2.6), layout="constrained")
-    words = _draw_loss(figure.subplots(), steps, losses)
+    words = _draw_loss(figure.subplots(), timeline)
     return Picture(figure, words)
 
 
-def memory_picture(sampler) -> Picture:
-    """Memory over the whole run, with the names of what the run did."""
+def memory_picture(timeline: Timeline) -> Picture:
+    """Memory over the whole run, coloured by what the run did."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
-    words = _draw_memory(figure.subplots(), sampler)
+    words = _draw_memory(figure.subplots(), timeline)
     return Picture(figure, words)
 
 
-def live_picture(sampler, steps: Sequence[int], losses: Sequence[float], status: str) -> Picture:
-    """Memory and loss side by side under one line of status, while training goes on."""
+def live_picture(timeline: Timeline, status: str) -> Picture:
+    """Memory and loss side by side, while training goes on; `status` is said with them."""
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    words = [status, _draw_memory(left, sampler), _draw_loss(right, steps, losses)]
-    figure.suptitle(status, color=INK, fontsize=10)
+    words = [status, _draw_memory(left, timeline), _draw_loss(right, timeline)]
     return Picture(figure, ". ".join(words))
 
 
-def _draw_loss(axes, steps: Sequence[int], losses: Sequence[float]) -> str:
+def peaks_picture(planned_gib: Mapping[str, float], seen_gib: Mapping[str, float], limit_gib: float | None) -> Picture:
+    """Allocated memory at the peak of each part of a step: what was planned beside what was seen."""
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.subplots()
+    _style(axes, "GiB", "")
+    for at, part in enumerate(planned_gib):
+        for offset, sizes, color in ((-0.2, planned_gib, PLANNED), (0.2, seen_gib, MEMORY)):
+            size = sizes.get(part, 0.0)
+            axes.barh(at + offset, size, height=0.36, color=color)
+            beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{size:.2f}", (size, at + offset), color=INK, fontsize=8, **beside)
+    axes.set_yticks(range(len(planned_gib)), list(planned_gib))
+    axes.invert_yaxis()
+    if limit_gib:
+        axes.axvline(limit_gib, color=LIMIT, linewidth=1, linestyle="--")
+    _legend(axes, {"planned": (PLANNED, "-"), "measured": (MEMORY, "-"), **_limit_line(limit_gib)})
+    parts = (f"{part} {planned_gib[part]:.2f} planned, {seen_gib.get(part, 0.0):.2f} measured" for part in planned_gib)
+    return Picture(figure, "Allocated at most, GiB: " + "; ".join(parts))
+
+
+def _draw_loss(axes, timeline: Timeline) -> str:
     _style(axes, "optimizer step", "loss per token")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if not losses:
+    if not timeline.steps:
         axes.set(xticks=[], yticks=[])
         return "Loss: no step yet"
-    axes.plot(*_thinned(steps, losses), color=LOSS, linewidth=1.5)
-    beside = {"xytext": (4, 0), "textcoords": "offset points", "ha": "left", "va": "center"}  # the curve stays clear
-    axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), color=LOSS, fontsize=9, **beside)
-    return f"Loss: {losses[0]:.3f} at step {steps[0]}, {losses[-1]:.3f} at step {steps[-1]}"
+    first, last = timeline.steps[0], timeline.steps[-1]
+    steps = [s.step for s in timeline.steps]
+    rates = axes.twinx()
+    rates.plot(*_thinned(steps, [s.learning_rate for s in timeline.steps]), color=INK, linewidth=0.8, linestyle=":")
+    _style(rates, "", "learning rate")
+    rates.grid(visible=False)
+    rates.ticklabel_format(style="sci", axis="y", scilimits=(-2, 2))
+    rates.yaxis.get_offset_text().set(color=INK, fontsize=8)
+    rates.set_ylim(bottom=0)
+    axes.set_zorder(rates.get_zorder() + 1)  # the loss over the rate
+    axes.patch.set_visible(False)
+    axes.plot(*_thinned(steps, [s.loss for s in timeline.steps]), color=LOSS, linewidth=1.5)
+    axes.set_title(f"loss {last.loss:.3f}", color=LOSS, fontsize=9, loc="left")
+    words = f"Loss: {first.loss:.3f} at step {first.step}, {last.loss:.3f} at step {last.step}"
+    return f"{words}; learning rate {last.learning_rate:.2g}"
 
 
-def _draw_memory(axes, sampler) -> str:
-    samples, phases = list(sampler.samples), list(sampler.phases)
+def _draw_memory(axes, timeline: Timeline) -> str:
+    samples = list(timeline.samples)
     _style(axes, "seconds", "GiB")
     if not samples:
         axes.set(xticks=[], yticks=[])
-        axes.set_title(sampler.source, color=INK, fontsize=9, loc="left")
-        return f"{sampler.source}: no sample yet"
-    times, used = [s.time_s for s in samples], [s.used_gib for s in samples]
-    axes.set_title(f"{sampler.source}: at most {max(used):.2f} GiB", color=INK, fontsize=9, loc="left")
-    axes.set_xlim(0, max(times[-1], 1.0))
-    axes.plot(*_thinned(times, used), color=MEMORY, linewidth=1.5, label="in use")
-    if samples[-1].torch_gib is not None:
-        axes.plot(
-            *_thinned(times, [s.torch_gib or 0.0 for s in samples]), color=TORCH, linewidth=1, label="reserved by torch"
-        )
-    if sampler.limit_gib:
-        axes.axhline(sampler.limit_gib, color=LIMIT, linewidth=1, linestyle="--", label="all there is")
-    top = max(max(used), sampler.limit_gib or 0.0)
-    axes.set_ylim(0, top * 1.18)
-    letter_s = LETTER_IN / (axes.get_window_extent().width / axes.figure.dpi) * axes.get_xlim()[1]
-    for i, phase in enumerate(phases):
-        end = phases[i + 1].start_s if i + 1 < len(phases) else times[-1]
-        axes.axvspan(phase.start_s, end, color=PHASES[i % 2], linewidth=0)
-        if end - phase.start_s > (len(phase.name) + 2) * letter_s:  # a name needs room
-            axes.text(phase.start_s, top * 1.1, " " + phase.name, color=INK, fontsize=8, va="center")
-    if len(axes.lines) > 1:
-        axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="lower right")
-    limit = f" of {sampler.limit_gib:.1f} GiB" if sampler.limit_gib else ""
-    note = f" ({sampler.missing})" if sampler.missing else ""
-    return f"{sampler.source}: {used[-1]:.2f} GiB now, {max(used):.2f} GiB at most{limit}{note}"
+        axes.set_title(timeline.source, color=INK, fontsize=9, loc="left")
+        return f"{timeline.source}: no sample yet"
+    highest = max(sample.used_gib for sample in samples)
+    axes.set_title(f"{timeline.source}: at most {highest:.2f} GiB", color=INK, fontsize=9, loc="left")
+    kept = _kept([s.used_gib for s in samples])
+    points = [(samples[i].time_s, samples[i].used_gib) for i in kept]
+    colors = [PHASES.get(samples[i].phase, INK) for i in kept]
+    axes.add_collection(LineCollection([*itertools.pairwise(points)], colors=colors[1:], linewidth=2))
+    lines = {name: (PHASES.get(name, INK), "-") for name in timeline.phases}
+    if samples[-1].reserved_gib is not None:
+        held = [s.reserved_gib or 0.0 for s in samples]
+        axes.plot(*_thinned([s.time_s for s in samples], held), color=TORCH, linewidth=1)
+        lines["reserved by torch"] = (TORCH, "-")
+    if timeline.planned_gib:
+        axes.axhline(timeline.planned_gib, color=PLANNED, linewidth=1, linestyle="--")
+        lines["planned for torch"] = (PLANNED, "--")
+    if timeline.limit_gib:
+        axes.axhline(timeline.limit_gib, color=LIMIT, linewidth=1, linestyle="--")
+    lines |= _limit_line(timeline.limit_gib)
+    axes.set_xlim(0, max(samples[-1].time_s, 1.0))
+    axes.set_ylim(0, 1.08 * max(highest, timeline.limit_gib or 0.0, timeline.planned_gib or 0.0))
+    _legend(axes, lines)
+    limit = f" of {timeline.limit_gib:.1f} GiB" if timeline.limit_gib else ""
+    peaks = ", ".join(f"{part} {size:.2f}" for part, size in timeline.peaks_gib.items())
+    words = f"{timeline.source}: {samples[-1].used_gib:.2f} GiB now, {highest:.2f} GiB at most{limit}"
+    words += f"; planned for torch: {timeline.planned_gib:.2f}" if timeline.planned_gib else ""
+    words += f"; tensors at most: {peaks}" if peaks else ""
+    return words + (f" ({timeline.missing})" if timeline.missing else "")
+
+
+def _limit_line(limit_gib: float | None) -> dict[str, tuple[str, str]]:
+    return {"all there is": (LIMIT, "--")} if limit_gib else {}
+
+
+def _legend(axes, lines: Mapping[str, tuple[str, str]]) -> None:
+    """Names of lines, in their colours, beside the picture."""
+    handles = [Line2D([], [], color=color, linestyle=style, label=name) for name, (color, style) in lines.items()]
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    axes.legend(handles=handles, fontsize=7, frameon=False, labelcolor=INK, handlelength=1.2, **beside)
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most MOST_POINTS points; of each stretch the highest is kept, so that no peak is lost."""
-    stride = -(-len(x) // MOST_POINTS) or 1
-    kept = [max(range(i, min(i + stride, len(x))), key=lambda j: y[j]) for i in range(0, len(x), stride)]
+    kept = _kept(y)
     return [x[i] for i in kept], [y[i] for i in kept]
+
+
+def _kept(y: Sequence[float]) -> list[int]:
+    """Where at most MOST_POINTS points lie; of each stretch the highest is kept, so that no peak is lost."""
+    stride = -(-len(y) // MOST_POINTS) or 1
+    return [max(range(i, min(i + stride, len(y))), key=y.__getitem__) for i in range(0, len(y), stride)]
 
 
 def _style(axes, x_label: str, y_label: str) -> None:
@@ -118,3 +180,35 @@ def _style(axes, x_label: str, y_label: str) -> None:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
     axes.grid(visible=True, color=INK, alpha=0.2, linewidth=0.5)
+
+
+def lengths_picture(lengths: Sequence[int], max_length: int) -> Picture:
+    """How many rows are how long (tokens), and which are over `max_length`."""
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.subplots()
+    _style(axes, "tokens of a row", "rows")
+    words = _draw_lengths(axes, sorted(lengths), max_length)
+    axes.set_title(words, color=INK, fontsize=9, loc="left")
+    return Picture(figure, words)
+
+
+def _draw_lengths(axes, lengths: list[int], max_length: int) -> str:
+    if not lengths:
+        return "no rows"
+    over = sum(length > max_length for length in lengths)
+    width = -(-max(lengths[-1], max_length) // MOST_BARS)
+    rows = Counter((length - max_length - 1) // width for length in lengths)  # one bar ends at max_length, one begins
+    for places, look in (
+        ([i for i in rows if i < 0], {"color": MEMORY}),
+        ([i for i in rows if i >= 0], {"facecolor": "none", "edgecolor": LIMIT, "hatch": "////"}),
+    ):
+        axes.bar([max_length + i * width for i in places], [rows[i] for i in places], width * 0.9, align="edge", **look)
+    axes.axvline(max_length, color=LIMIT, linewidth=1, linestyle="--")
+    at_the_top = {"xycoords": ("data", "axes fraction"), "va": "top"}
+    axes.annotate(" max_length", (max_length, 1), color=LIMIT, fontsize=8, **at_the_top)
+    axes.set_xlim(0, max(lengths[-1], max_length) * 1.03)
+    middle = lengths[len(lengths) // 2]
+    return (
+        f"{len(lengths):,} rows of {lengths[0]:,} to {lengths[-1]:,} tokens, the middle one {middle:,}; "
+        f"{over:,} over max_length = {max_length:,}"
+    )

@@ -256,8 +256,7 @@ def _small(work: Workload, trial: _Trial) -> Workload:
 
 def _missed(trial: _Trial, memory: Memory) -> dict[str, int]:
     """Bytes that each part of the step took beyond the prediction."""
-    predicted = {part: max(memory.peaks.get(i, 0) for i in instants) for part, instants in SEEN.items()}
-    return {part: trial.peaks[part] - predicted[part] for part in SEEN}
+    return {part: trial.peaks[part] - predicted for part, predicted in memory.parts.items()}
 
 
 def _first_difference(few: tuple[str, ...], more: tuple[str, ...]) -> int:

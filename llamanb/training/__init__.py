@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 from llamanb import hub
 from llamanb.data import TrainingData, load_data
-from llamanb.layout import Plan
-from llamanb.training.run import Run, new_folder, write_csv
+from llamanb.layout import GIB, Plan
+from llamanb.run import FINISHED, Run, new_folder
 
 __all__ = ["Run", "train"]
+
+VERSIONS = ("llamanb", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
 def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", runs: str | Path = "runs") -> Run:
@@ -21,7 +24,9 @@ def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", ru
         name: of the run; its folder is `runs`/`name`, with a number where that is taken.
         runs: the folder of all runs.
 
-    Raises LlamanbError for what a person can mend: rows, model, network, disk, GPU.
+    Raises:
+        OutOfMemoryError: the GPU's memory was not enough; says what took it, and what would fit.
+        LlamanbError: for whatever else a person can mend: rows, model, network, disk, GPU.
     """
     data = data or load_data(plan.recipe)
     hub.checkpoint_folder(
@@ -31,21 +36,41 @@ def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", ru
     plan.recipe.save(folder / "recipe.json")
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
 
+    from llamanb.out_of_memory import Scene
     from llamanb.quiet import quiet_libraries
+    from llamanb.report import write_report
     from llamanb.watch.sampler import MemorySampler
 
+    scene = Scene(plan, folder)
     with quiet_libraries(), MemorySampler.here() as sampler:
-        return _train(plan, data, folder, sampler)
+        run = Run(
+            folder, plan, sampler.timeline, versions={name: importlib.metadata.version(name) for name in VERSIONS}
+        )
+        run.timeline.planned_gib = plan.needs_gib
+        run.save()
+        explained = None
+        try:
+            run = _train(run, data, scene)
+        except BaseException as error:
+            explained = scene.explain(error, run.timeline)  # while the tensors are there to be counted
+            run.replace(status="out of memory" if explained else f"ended by {type(error).__name__}").save()
+            scene.clear(error)
+            if not explained:
+                raise
+    if explained:
+        raise explained  # outside of the except block: nothing holds the old traceback
+    write_report(run)
+    return run
 
 
-def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
-    sampler.phase("import")
+def _train(run: Run, data: TrainingData, scene) -> Run:
+    plan, timeline, folder = run.plan, run.timeline, run.folder
     import transformers
 
-    from llamanb import plots
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model, write_model_card
     from llamanb.training.trainer import StopAfter, build_trainer, let_go, use_threads_that_pay, warn_of_gaps
+    from llamanb.watch.instants import Instants
     from llamanb.watch.live import LiveView
 
     recipe = plan.recipe
@@ -53,54 +78,36 @@ def _train(plan: Plan, data: TrainingData, folder: Path, sampler) -> Run:
         warn_of_gaps()
     transformers.set_seed(recipe.seed)
     callbacks = [StopAfter(recipe.stop_after_min)] if recipe.stop_after_min else []  # its clock starts before loading
-    sampler.phase("load")
+    timeline.phase = "load"
     print(f"loading {recipe.model}", flush=True)
-    model = load_model(plan, data.tokenizer)
+    model = scene.model = load_model(plan, data.tokenizer)
     use_threads_that_pay(model)
     if recipe.adapters:
-        model = attach_adapters(model, recipe)
+        model = scene.model = attach_adapters(model, recipe)
 
     before = None
     if data.held_out:
-        sampler.phase("score")
+        timeline.phase = "score"
         print(f"scoring {len(data.held_out)} held-out rows before training", flush=True)
         before = evaluate(model, data)
 
-    view = LiveView(sampler)
-    trainer = build_trainer(plan, model, data, folder, [view, *callbacks])
-    sampler.phase("train")
+    trainer = scene.trainer = build_trainer(plan, model, data, folder, [LiveView(timeline, folder), *callbacks])
+    instants = Instants(timeline, gpu=plan.card.is_gpu)
+    instants.attach(trainer)
     try:
         result = trainer.train()
     finally:
         let_go()
-    sampler.phase("save")  # before anything else can fail
+    lasting = {bucket: size / GIB for bucket, size in instants.lasting.items()}
+    run = run.replace(status=FINISHED, train_s=result.metrics["train_runtime"], buckets_gib=lasting)
+    timeline.phase = "save"  # before anything else can fail
     saved = save_model(model, data.tokenizer, plan, folder)
+    run.save()
 
-    scores = None
     if before is not None:
-        sampler.phase("score")
+        timeline.phase = "score"
         print("scoring them again", flush=True)
-        scores = compare(before, evaluate(model, data), data)
-        (folder / "scores.txt").write_text(str(scores), encoding="utf-8")
-        write_model_card(saved, plan, str(scores.tables()[0]))
-    sampler.stop()
-
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    columns = ("step", "loss", "learning_rate", "grad_norm")
-    write_csv(folder / "metrics.csv", columns, ([entry.get(column) for column in columns] for entry in log))
-    write_csv(folder / "memory.csv", ("time_s", "used_gib", "torch_gib"), sampler.samples)
-    loss_plot, memory_plot = plots.loss_picture(view.steps, view.losses), plots.memory_picture(sampler)
-    loss_plot.save(folder / "loss.png")
-    memory_plot.save(folder / "memory.png")
-    return Run(
-        folder=folder,
-        plan=plan,
-        steps=view.steps,
-        losses=view.losses,
-        loss_plot=loss_plot,
-        memory_plot=memory_plot,
-        saved=saved,
-        scores=scores,
-        train_s=result.metrics["train_runtime"],
-        peak_gib=sampler.peak_gib,
-    )
+        run = run.replace(scores=compare(before, evaluate(model, data), data))
+        write_model_card(saved, plan, str(run.scores.tables()[0]))
+    run.save()
+    return run

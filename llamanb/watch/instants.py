@@ -10,45 +10,68 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from llamanb.memory import SEEN
+from llamanb.timeline import Timeline
+from llamanb.watch.buckets import lasting_bytes
+
+GIB = 2**30
+LOAD, FORWARD, LOSS, BACKWARD, OPTIMIZER = SEEN
 
 
 class Instants(TrainerCallback):
-    """Peaks of allocated memory by the part of the step they fall into, and when each micro-batch had its loss.
+    """Tells the parts of a step apart: which one runs, its peak of allocated memory, when each loss was there.
 
     `attach` wraps the trainer's loss and backward; nothing of what they compute changes, and nothing waits for the GPU
     that did not: trl reads the loss of every micro-batch anyway.
+
+    Args:
+        timeline: gets the parts as phases, and their peaks.
+        gpu: whether torch counts peaks.
     """
 
-    def __init__(self):
+    def __init__(self, timeline: Timeline | None = None, *, gpu: bool = True):
         self.peaks = dict.fromkeys(SEEN, 0)
         """Bytes."""
         self.reserved = 0
         """Most bytes that torch held of the GPU."""
         self.losses_s: list[float] = []
         """When the loss of each micro-batch was there, in seconds of a clock."""
+        self.lasting: dict[str, int] = {}
+        """Bytes by bucket after the first step, its gradients still there."""
+        self._timeline, self._gpu = timeline, gpu
 
     def attach(self, trainer: Trainer) -> None:
         compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
 
         def watched_loss(*args, **kwargs):
-            self.ends("optimizer step")
+            self.ends(OPTIMIZER, FORWARD)
             loss = compute_loss(*args, **kwargs)
             self.losses_s.append(time.perf_counter())
-            self.ends("forward")
+            self.ends(LOSS, BACKWARD)
             return loss
 
         def watched_backward(*args, **kwargs):
             backward(*args, **kwargs)
-            self.ends("backward")
+            self.ends(BACKWARD, OPTIMIZER)
+
+        def layers_done(*_):
+            if trainer.model.training:
+                self.ends(FORWARD, LOSS)
 
         trainer.compute_loss, trainer.accelerator.backward = watched_loss, watched_backward
+        trainer.model.get_decoder().register_forward_hook(layers_done)
         trainer.add_callback(self)
 
-    def ends(self, part: str) -> None:
+    def ends(self, part: str, next_part: str) -> None:
         """Counts the peak since the last call to `part`."""
-        self.peaks[part] = max(self.peaks[part], torch.cuda.max_memory_allocated())
-        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
-        torch.cuda.reset_peak_memory_stats()
+        if self._gpu:
+            stats = torch.cuda.memory_stats_as_nested_dict()
+            self.peaks[part] = max(self.peaks[part], stats["allocated_bytes"]["all"]["peak"])
+            self.reserved = max(self.reserved, stats["reserved_bytes"]["all"]["peak"])
+            torch.cuda.reset_peak_memory_stats()
+        if self._timeline:
+            self._timeline.phase = next_part
+            if self._gpu:
+                self._timeline.peaks_gib[part] = self.peaks[part] / GIB
 
     def times(self, accumulation: int) -> tuple[float, float]:
         """Seconds of a micro-batch and, beside them, of the optimizer; medians, the first step left out."""
@@ -61,7 +84,11 @@ class Instants(TrainerCallback):
         return micro, max(0.0, statistics.median(across) - micro) if across else 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.ends("load")
+        self.ends(LOAD, FORWARD)
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if not self.lasting and model is not None:
+            self.lasting = lasting_bytes(model, optimizer)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.ends("optimizer step")
+        self.ends(OPTIMIZER, OPTIMIZER)

@@ -1,4 +1,4 @@
-"""The live view: a picture that is updated while training runs, and the same in words.
+"""The live view: a picture that is updated while training runs, a bar, and the same in words.
 
 Everything here runs in the training thread (a background thread may not display in a notebook), and draws so seldom
 that drawing stays under one hundredth of the time. Outside a notebook only the words are printed.
@@ -7,68 +7,91 @@ that drawing stays under one hundredth of the time. Outside a notebook only the 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from transformers import TrainerCallback
 
+from llamanb.html import progress
 from llamanb.plots import live_picture
-from llamanb.watch.sampler import MemorySampler
+from llamanb.timeline import Step, Timeline
 
 DRAWING_SHARE = 0.01
 FREE_FRAMES = 6
 """Pictures that every run gets before that share is counted, so that a run of one minute is seen to move too."""
 APART = 10
 """Times its own drawing time that a picture stays before the next."""
+WORDS_S = 1.0
+"""Seconds between two updates of the bar and its words."""
+WRITE_S = 5.0
+"""Seconds between two additions to the run's files."""
 LINES = 12
 """Lines of words over a whole run, about."""
 
 
 class LiveView(TrainerCallback):
-    """Shows a run as it goes: memory, loss and time left."""
+    """Shows a run as it goes, and writes it down: memory, loss, speed and time left."""
 
-    def __init__(self, sampler: MemorySampler):
-        self.sampler = sampler
-        self.steps: list[int] = []
-        self.losses: list[float] = []
-        self._display = None
+    def __init__(self, timeline: Timeline, folder: Path):
+        self.timeline, self._folder = timeline, folder
+        self._picture = self._bar = None
         self._frames, self._counted_s = 0, 0.0
         self._frame_s = 0.3  # a guess, until the second one: the first also warms matplotlib up
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._start_s = self._last_draw_s = time.monotonic()
-        self._display = _display_handle()
+        self._start_s = self._last_draw_s = self._last_words_s = self._last_write_s = time.monotonic()
+        self._bar, self._picture = _display_handle(), _display_handle()
+        self._say(state, self._status(state))
         self._draw(f"step 0 of {state.max_steps}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        self.steps.append(state.global_step)
-        self.losses.append(float(logs["loss"]))
-        status = self._status(state)
+        seen = (float(logs.get(name) or 0) for name in ("loss", "learning_rate", "grad_norm"))
+        step = Step(state.global_step, self.timeline.time_s, *seen, int(logs.get("num_tokens") or 0))
+        self.timeline.steps.append(step)
+        status, now = self._status(state), time.monotonic()
         if state.global_step % max(1, state.max_steps // LINES) == 0 or state.global_step in (1, state.max_steps):
             print(status, flush=True)
-        now = time.monotonic()
+        if now - self._last_words_s >= WORDS_S:
+            self._say(state, status)
+            self._last_words_s = now
+        if now - self._last_write_s >= WRITE_S:
+            self.timeline.write(self._folder)
+            self._last_write_s = now
         allowed = DRAWING_SHARE * (now - self._start_s)
         due = now - self._last_draw_s > APART * self._frame_s
         if due and (self._frames < FREE_FRAMES or self._counted_s + self._frame_s < allowed):
             self._draw(status)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._say(state, self._status(state))
         self._draw(self._status(state))
 
     def _status(self, state) -> str:
-        elapsed = time.monotonic() - self._start_s
+        timeline, elapsed = self.timeline, time.monotonic() - self._start_s
         left = elapsed / max(1, state.global_step) * (state.max_steps - state.global_step)
-        loss = f", loss {self.losses[-1]:.3f}" if self.losses else ""
-        memory = f", {self.sampler.samples[-1].used_gib:.2f} GiB" if self.sampler.samples else ""
-        return (
-            f"step {state.global_step} of {state.max_steps}{loss}{memory}, {_clock(elapsed)} gone, {_clock(left)} left"
-        )
+        parts = [f"step {state.global_step} of {state.max_steps}"]
+        if timeline.steps:
+            parts.append(f"loss {timeline.steps[-1].loss:.3f}")
+        if timeline.tokens_per_s:
+            parts.append(f"{timeline.tokens_per_s:,.0f} tokens/s")
+        if timeline.samples:
+            parts.append(f"{timeline.samples[-1].used_gib:.2f} GiB, at most {timeline.peak_gib:.2f}")
+        parts.append(f"{_clock(elapsed)} gone")
+        if state.global_step:
+            parts.append(f"{_clock(left)} left")
+        return ", ".join(parts)
+
+    def _say(self, state, status: str) -> None:
+        if self._bar is not None:
+            markup = progress(state.global_step / max(1, state.max_steps), status)
+            self._bar.update({"text/plain": status, "text/html": markup}, raw=True)
 
     def _draw(self, status: str) -> None:
-        if self._display is None:
+        if self._picture is None:
             return
         begin = time.monotonic()
-        self._display.update(live_picture(self.sampler, self.steps, self.losses, status))
+        self._picture.update(live_picture(self.timeline, status))
         self._last_draw_s = time.monotonic()
         if self._frames:
             self._frame_s = self._last_draw_s - begin

@@ -1,60 +1,45 @@
 """Memory over time, sampled by a thread that training never waits for.
 
 On a GPU the samples are NVML's (every process's memory, which is what runs out) beside torch's own; where NVML does
-not answer, the driver's through torch. Without a GPU they are this process's memory on the host, and say so.
+not answer, or stops to, the driver's through torch, and at last torch's own alone. Without a GPU they are this
+process's memory on the host, and say so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llamanb.card import GIB, gpu_in_use
-from llamanb.nvml import nvml_handle, nvml_memory, start_nvml
+from llamanb.nvml import first_line, nvml_handle, nvml_memory, start_nvml
+from llamanb.timeline import Sample, Timeline
 
 INTERVAL_S = 0.1
 
 
-class Sample(NamedTuple):
-    """One look at the memory."""
+class Source(NamedTuple):
+    """Something that knows how much memory is in use."""
 
-    time_s: float
-    """Since the sampler started."""
-    used_gib: float
-    torch_gib: float | None
-    """What torch's allocator has reserved on the GPU; None without one."""
+    words: str
+    read_gib: Callable[[], float]
 
 
-class Phase(NamedTuple):
-    """From `start_s` on, until the next one, the run did this."""
-
-    start_s: float
-    name: str
-
-
-@dataclass
 class MemorySampler:
-    """Samples `read` every INTERVAL_S seconds between `start` and `stop`."""
+    """Samples memory into a timeline every INTERVAL_S seconds between `start` and `stop`.
 
-    read: Callable[[], tuple[float, float | None]]
-    """Returns used GiB and what torch has reserved of it (None without a GPU)."""
-    source: str
-    """What is measured, in words for a plot's axis."""
-    limit_gib: float | None = None
-    """What there is; None where it does not matter."""
-    samples: list[Sample] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=list)
-    missing: str = ""
-    """Why samples stopped before the end, in words; empty when they did not."""
+    Args:
+        sources: of the memory in use, the best first. One that fails is left for the next, and the timeline says so.
+        torch_gib: gives what torch has allocated and reserved; None without a GPU.
+        limit_gib: what there is.
+    """
 
-    def __post_init__(self):
+    def __init__(self, sources: list[Source], torch_gib: Callable | None = None, limit_gib: float | None = None):
+        self.timeline = Timeline(sources[0].words, limit_gib)
+        self._sources, self._torch_gib = list(sources), torch_gib or (lambda: (None, None))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llamanb-memory", daemon=True)
-        self._start_s = 0.0
 
     @classmethod
     def here(cls) -> MemorySampler:
@@ -66,45 +51,40 @@ class MemorySampler:
             import psutil
 
             process = psutil.Process()
-            return cls(lambda: (process.memory_info().rss / GIB, None), "host memory of this process (no GPU here)")
-        properties = torch.cuda.get_device_properties(index)
-        _, total = torch.cuda.mem_get_info(index)
-        nvml, _ = start_nvml()
-        handle = nvml_handle(nvml, properties) if nvml else None
-        known = nvml_memory(nvml, handle) if handle is not None else None
-        if known and known.is_of(total):
+            words = "host memory of this process (no GPU here)"
+            return cls([Source(words, lambda: process.memory_info().rss / GIB)])
 
-            def read():
+        def torch_gib() -> tuple[float, float]:
+            stats = torch.cuda.memory_stats_as_nested_dict(index)  # flattening it would take most of the time
+            return tuple(stats[name]["all"]["current"] / GIB for name in ("allocated_bytes", "reserved_bytes"))
+
+        def driver_gib() -> float:
+            free, total = torch.cuda.mem_get_info(index)
+            return (total - free) / GIB
+
+        _, total = torch.cuda.mem_get_info(index)
+        held = Source("VRAM that torch holds", lambda: torch_gib()[1])
+        share = torch.cuda.get_per_process_memory_fraction(index)
+        if share < 1:  # a pretend card: what the whole GPU holds says nothing
+            return cls([held], torch_gib, share * total / GIB)
+        sources = [Source("VRAM in use (driver)", driver_gib), held]
+        nvml, _ = start_nvml()
+        handle = nvml_handle(nvml, torch.cuda.get_device_properties(index)) if nvml else None
+        known = nvml_memory(nvml, handle) if handle is not None else None
+        if known and known.is_of(total):  # a slice of a GPU (MIG) may get the whole card's numbers
+
+            def nvml_gib() -> float:
                 memory = nvml_memory(nvml, handle)
                 if memory is None:
                     raise RuntimeError("NVML no longer answers")
-                return memory.used / GIB, torch.cuda.memory_reserved(index) / GIB
+                return memory.used / GIB
 
-            return cls(read, "VRAM in use (NVML)", known.total / GIB)
-
-        def read():
-            free, total = torch.cuda.mem_get_info(index)
-            return (total - free) / GIB, torch.cuda.memory_reserved(index) / GIB
-
-        return cls(read, "VRAM in use (driver)", total / GIB)
-
-    @property
-    def time_s(self) -> float:
-        """Seconds since `start`."""
-        return time.monotonic() - self._start_s
-
-    @property
-    def peak_gib(self) -> float:
-        return max((sample.used_gib for sample in list(self.samples)), default=0.0)
+            sources.insert(0, Source("VRAM in use (NVML)", nvml_gib))
+        return cls(sources, torch_gib, total / GIB)
 
     def start(self) -> MemorySampler:
-        self._start_s = time.monotonic()
         self._thread.start()
         return self
-
-    def phase(self, name: str) -> None:
-        """Marks what the run does from now on."""
-        self.phases.append(Phase(self.time_s, name))
 
     def stop(self) -> None:
         """Ends the thread; safe to call twice."""
@@ -113,12 +93,18 @@ class MemorySampler:
             self._thread.join(timeout=2)
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        timeline = self.timeline
+        while self._sources and not self._stop.is_set():
             try:
-                self.samples.append(Sample(self.time_s, *self.read()))
+                sample = Sample(timeline.time_s, timeline.phase, self._sources[0].read_gib(), *self._torch_gib())
             except Exception as error:  # a driver that goes away must not end the training it watches
-                self.missing = f"no more samples after {self.time_s:.0f} s: {type(error).__name__}: {error}"
-                return
+                lost = self._sources.pop(0)
+                then = f"; from then on: {self._sources[0].words}" if self._sources else ", and nothing else does"
+                why = f"{type(error).__name__}: {first_line(error)}"
+                lost_words = f"{lost.words} stopped answering after {timeline.time_s:.0f} s ({why}){then}"
+                timeline.missing = f"{timeline.missing}. {lost_words}" if timeline.missing else lost_words
+                continue
+            timeline.samples.append(sample)
             self._stop.wait(INTERVAL_S)
 
     def __enter__(self) -> MemorySampler:

@@ -33,7 +33,7 @@ def main(recipe_json: str, runs: str) -> None:
         "predicted_gib": round(p.memory.allocated / 2**30, 3),
         "predicted_reserved_gib": round(p.needs_gib, 3),
         "losses": [round(loss, 4) for loss in run.losses],
-        "step_s": round(run.train_s / len(run.steps), 3),
+        "step_s": round(run.train_s / len(run.timeline.steps), 3),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
         "device_gib": round(run.peak_gib, 3),

@@ -27,7 +27,7 @@ import json, pathlib
 if "run" in globals() and hasattr(run, "compare"):
     scores = run.compare()
     pathlib.Path({path!r}).write_text(json.dumps(
-        {{"model": run.plan.recipe.model, "steps": max(run.steps, default=0), "peak_gib": run.peak_gib,
+        {{"model": run.plan.recipe.model, "steps": len(run.timeline.steps), "peak_gib": run.peak_gib,
           "before": scores.before.loss, "after": scores.after.loss, "train_s": run.train_s}}))
 """
 

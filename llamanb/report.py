@@ -1,0 +1,72 @@
+"""`report.html` of a run: one page that needs nothing beside it, made from the run's folder alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from llamanb import REPOSITORY, __version__
+from llamanb.html import Table, heading, image, join, page, paragraph
+from llamanb.layout import GIB
+from llamanb.run import Run
+from llamanb.tape import BUCKETS
+
+REPORT = "report.html"
+
+
+def write_report(run: Run) -> Path:
+    """Writes `report.html` into the run's folder and returns its path."""
+    path = run.folder / REPORT
+    path.write_text(report(run), encoding="utf-8")
+    return path
+
+
+def report(run: Run) -> str:
+    """The page."""
+    recipe = Table(["recipe", ""], [*dataclasses.asdict(run.plan.recipe).items()])
+    parts = [paragraph(str(run)), heading("Plan"), join(run.plan.table(), run.plan.bar())]
+    if run.peaks_plot:
+        parts += [heading("Planned and measured"), join(peaks_table(run), buckets_table(run)), _picture(run.peaks_plot)]
+    parts += [heading("Memory over time"), _picture(run.memory_plot), heading("Loss"), _picture(run.loss_plot)]
+    if run.scores:
+        parts += [heading("Before and after"), join(*run.scores.tables())]
+    parts += [heading("Recipe"), join(recipe), heading("Versions"), join(_versions(run))]
+    parts += [heading("The same again"), paragraph(again(run))]
+    return page(f"{run.folder.name}: {run.plan.recipe.model}", *parts)
+
+
+def peaks_table(run: Run) -> Table:
+    """Allocated memory at the peak of each part of a step."""
+    planned, seen = run.plan.memory.parts, run.timeline.peaks_gib
+    rows = [
+        [part, f"{size / GIB:.2f}", f"{seen[part]:.2f}", f"{seen[part] * GIB / size - 1:+.1%}" if size else ""]
+        for part, size in planned.items()
+        if part in seen
+    ]
+    return Table(["part of a step", "planned, GiB", "measured, GiB", "difference"], rows)
+
+
+def buckets_table(run: Run) -> Table:
+    """Memory at the highest peak by bucket: what lasts was counted, the rest is what it leaves of the measured peak."""
+    planned = {name: run.plan.memory.buckets.get(name, 0) / GIB for name in BUCKETS}
+    seen = run.buckets_gib
+    rows = [[name, f"{planned[name]:.3f}", f"{size:.3f}"] for name, size in seen.items()]
+    rest = max(run.timeline.peaks_gib.values()) - sum(seen.values())
+    others = [name for name in BUCKETS if name not in seen]
+    rows.append([", ".join(others), f"{sum(planned[name] for name in others):.3f}", f"{rest:.3f}"])
+    return Table(["at the highest peak", "planned, GiB", "measured, GiB"], rows)
+
+
+def again(run: Run) -> str:
+    """The command that makes the same run."""
+    recipe = run.folder / "recipe.json"
+    command = f"papermill notebooks/04_train.ipynb again.ipynb -p recipe_file {recipe} -p name {run.folder.name}-again"
+    return f"{command}\n\nin a clone of {REPOSITORY} at v{__version__}, with the versions above"
+
+
+def _versions(run: Run) -> Table:
+    return Table(["package", "version"], [*run.versions.items(), ("card", run.plan.card.name)])
+
+
+def _picture(picture) -> str:
+    return image(picture.png, picture.words)

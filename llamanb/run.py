@@ -1,0 +1,172 @@
+"""Run: the folder a training leaves, and what can be shown of it, at once or when it is opened again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamanb import plots
+from llamanb.errors import RecipeError
+from llamanb.evaluate import Comparison, Scores
+from llamanb.html import Table, image, join
+from llamanb.layout import GIB, Plan
+from llamanb.plots import Picture
+from llamanb.timeline import Timeline
+
+RUNNING, FINISHED = "running", "finished"
+FILES = {
+    "adapter": "what was trained, with tokenizer and model card",
+    "model": "what was trained, with tokenizer and model card",
+    "report.html": "all of this on one page",
+    "recipe.json": "what was asked for",
+    "plan.json": "how it ran",
+    "metrics.csv": "loss, learning rate and tokens, step by step",
+    "memory.csv": "memory, ten times a second",
+    "scores.json": "before and after",
+    "memory_snapshot.pickle": "torch's allocator when memory ran out, for pytorch.org/memory_viz",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came out of a training: where it lies and how it went."""
+
+    folder: Path
+    plan: Plan
+    timeline: Timeline
+    scores: Comparison | None = None
+    """Before and after; None where no row was held out."""
+    status: str = RUNNING
+    """RUNNING, FINISHED, or in a word why it ended."""
+    train_s: float = 0.0
+    """Seconds from the first step to the last."""
+    buckets_gib: dict[str, float] = field(default_factory=dict)
+    """What lasts during training, measured: by bucket of the plan."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    _FACTS = ("status", "train_s", "buckets_gib", "versions")
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """The run in a folder, whether it came to its end or not. Raises RecipeError where there is none."""
+        folder = Path(folder).resolve()
+        try:
+            plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            return cls(folder, plan, Timeline.read(folder), _scores(folder / "scores.json"), **facts)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RecipeError(
+                f"{folder} holds no run that can be shown",
+                f"{type(error).__name__}: {error}",
+                "give the folder that train() printed, such as runs/quickstart",
+            ) from None
+
+    def save(self) -> None:
+        """Writes what `open` reads, beside the plan and recipe that lie there from the start."""
+        self.timeline.write(self.folder)
+        if self.scores:
+            text = json.dumps(dataclasses.asdict(self.scores), indent=1)
+            (self.folder / "scores.json").write_text(text, encoding="utf-8")
+        facts = {name: getattr(self, name) for name in self._FACTS}
+        (self.folder / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+    def replace(self, **changes) -> Run:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def saved(self) -> Path:
+        """The adapter, or the whole model after full fine-tuning."""
+        return self.folder / ("adapter" if self.plan.recipe.adapters else "model")
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.timeline.steps]
+
+    @property
+    def peak_gib(self) -> float:
+        """Highest memory sampled, all processes counted; host memory where there is no GPU."""
+        return self.timeline.peak_gib
+
+    @functools.cached_property
+    def loss_plot(self) -> Picture:
+        return plots.loss_picture(self.timeline)
+
+    @functools.cached_property
+    def memory_plot(self) -> Picture:
+        return plots.memory_picture(self.timeline)
+
+    @functools.cached_property
+    def peaks_plot(self) -> Picture | None:
+        """Predicted and measured peaks of each part of a step; None without a GPU."""
+        if not (self.plan.memory and self.timeline.peaks_gib):
+            return None
+        planned = {part: size / GIB for part, size in self.plan.memory.parts.items()}
+        return plots.peaks_picture(planned, self.timeline.peaks_gib, self.plan.limit_gib)
+
+    def compare(self) -> Comparison:
+        """Before and after on the held-out rows."""
+        if self.scores is None:
+            raise RecipeError("nothing to compare", "the recipe held no rows out", "set eval_rows = 64 and train again")
+        return self.scores
+
+    def files(self) -> Table:
+        """Where everything lies."""
+        rows = [(name, words) for name, words in FILES.items() if (self.folder / name).exists()]
+        return Table(["file", "what it is"], rows, f"in {self.folder}")
+
+    def __str__(self) -> str:
+        steps = self.timeline.steps
+        text = f"{steps[-1].step if steps else 0} steps in {self.train_s:.0f} s, at most {self.peak_gib:.2f} GiB"
+        ended = "" if self.status == FINISHED else f" ({self.status})"
+        return f"{text}{ended}; in {self.folder}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        pictures = [p for p in (self.memory_plot, self.peaks_plot, self.loss_plot) if p]
+        summary = Table(["run"], [[str(self)]])
+        return join(summary) + "".join(image(p.png, p.words) for p in pictures) + join(self.scores)
+
+
+def show_run(path: str | Path) -> Run:
+    """A run redrawn from its folder: memory, loss and scores, as far as it came.
+
+    Raises RecipeError where the folder holds no run.
+    """
+    return Run.open(path)
+
+
+def new_folder(runs: Path, name: str) -> Path:
+    """Makes `runs`/`name`, or `name`-2, -3 and so on where a run of that name is there already.
+
+    Raises RecipeError for a name that is more than letters, digits, dots, dashes and underscores: a run stays in its
+    folder.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name):
+        raise RecipeError(
+            f"a run cannot be named {name!r}",
+            "the name becomes a folder: letters, digits, dots, dashes and underscores, a letter or digit first",
+            "name = 'my-first-run'",
+        )
+    number = 1
+    while True:
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder.resolve()
+
+
+def _scores(path: Path) -> Comparison | None:
+    if not path.exists():
+        return None
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("before", "after"):
+        fields[name] = Scores(**{**fields[name], "answers": tuple(fields[name]["answers"])})
+    return Comparison(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})

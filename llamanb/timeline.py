@@ -1,0 +1,122 @@
+"""Timeline: what a run was seen to do. Memory and phase ten times a second, loss and tokens step by step, the highest
+memory of each phase. Plain data, written into the run's folder as it grows, so that a run that died can be shown too.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+MEMORY, METRICS, FACTS = "memory.csv", "metrics.csv", "timeline.json"
+
+
+class Sample(NamedTuple):
+    """One look at the memory."""
+
+    time_s: float
+    """Since the run began."""
+    phase: str
+    used_gib: float
+    allocated_gib: float | None
+    """What torch's tensors take on the GPU; None without one."""
+    reserved_gib: float | None
+    """What torch's allocator holds for them; None without a GPU."""
+
+
+class Step(NamedTuple):
+    """One optimizer step."""
+
+    step: int
+    time_s: float
+    loss: float
+    """Per trained token, in nats."""
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Trained on so far, padding left out."""
+
+
+@dataclass
+class Timeline:
+    """A run as it was watched."""
+
+    source: str
+    """What `used_gib` counts, in words."""
+    limit_gib: float | None = None
+    """What there is; None where it does not matter."""
+    planned_gib: float | None = None
+    """What the plan said torch would reserve."""
+    samples: list[Sample] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    peaks_gib: dict[str, float] = field(default_factory=dict)
+    """Highest allocated memory of each phase, by torch's own counter; empty without a GPU."""
+    missing: str = ""
+    """What could not be watched to the end, in words."""
+    phase: str = "import"
+    """What the run does now."""
+
+    def __post_init__(self):
+        self._begin_s = time.monotonic()
+        self._written: dict[str, int] = {}
+
+    @property
+    def time_s(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self._begin_s
+
+    @property
+    def peak_gib(self) -> float:
+        """Most memory in use at any look, every process counted."""
+        return max((sample.used_gib for sample in list(self.samples)), default=0.0)
+
+    @property
+    def phases(self) -> list[str]:
+        """Every phase that a sample fell into, in the order of their first."""
+        return list(dict.fromkeys(sample.phase for sample in list(self.samples)))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Real tokens a second since the first step, which also warms up; None before the second."""
+        if len(self.steps) < 2:
+            return None
+        first, last = self.steps[0], self.steps[-1]
+        return (last.tokens - first.tokens) / max(last.time_s - first.time_s, 1e-9)
+
+    def write(self, folder: Path) -> None:
+        """Appends what is new to the run's files. Only one thread may call this."""
+        self._append(folder / MEMORY, Sample._fields, list(self.samples))
+        self._append(folder / METRICS, Step._fields, self.steps)
+        facts = {name: getattr(self, name) for name in ("source", "limit_gib", "planned_gib", "peaks_gib", "missing")}
+        (folder / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+    def _append(self, path: Path, header: Iterable[str], rows: list) -> None:
+        done = self._written.get(path.name)
+        with path.open("w" if done is None else "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if done is None:
+                writer.writerow(header)
+            writer.writerows(rows[done or 0 :])
+        self._written[path.name] = len(rows)
+
+    @classmethod
+    def read(cls, folder: Path) -> Timeline:
+        """The timeline of a run's folder; a last line that was cut off is left out. Raises OSError and ValueError."""
+        made = cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        for time_s, phase, *numbers in _rows(folder / MEMORY, len(Sample._fields)):
+            made.samples.append(Sample(float(time_s), phase, *(float(n) if n else None for n in numbers)))
+        for step, *numbers, tokens in _rows(folder / METRICS, len(Step._fields)):
+            made.steps.append(Step(int(step), *map(float, numbers), int(tokens)))
+        made.phase = "over"
+        return made
+
+
+def _rows(path: Path, columns: int) -> Iterator[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.reader(file)
+        next(rows, None)
+        yield from (row for row in rows if len(row) == columns)
