@@ -13,11 +13,12 @@ from llamanb import hub, tiny
 from llamanb.data.encode import Encoded, Encoder, TooLong, load_tokenizer
 from llamanb.data.formats import Example, detect
 from llamanb.data.read import BadRow, Row, read_rows
+from llamanb.data.show import Tokens
 from llamanb.errors import DataError
 from llamanb.html import Table
 from llamanb.recipe import Recipe
 
-__all__ = ["TrainingData", "load_data"]
+__all__ = ["TrainingData", "first_rows", "load_data"]
 _SHOWN = 5
 
 
@@ -35,8 +36,17 @@ class TrainingData:
     skipped: list[str]
     """A line for each row left out because the recipe says so, with place, column and reason."""
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row to train on."""
+        return [len(row.input_ids) for row in self.train]
+
+    def tokens(self, row: int = 0) -> Tokens:
+        """The tokens of one of the rows to train on, with those that are learned marked."""
+        return Tokens(self.tokenizer, self.train[row])
+
     def _table(self) -> Table:
-        lengths = sorted(len(row.input_ids) for row in self.train)
+        lengths = sorted(self.lengths)
         trained = sum(row.trained_tokens for row in self.train)
         rows = [
             ("format", self.format),
@@ -107,6 +117,20 @@ def load_data(recipe: Recipe) -> TrainingData:
         held_out_examples=[encoded[i][0] for i in sorted(held)],
         skipped=skipped + too_long,
     )
+
+
+def first_rows(dataset: str, split: str = "train") -> Table:
+    """The first rows as who says what in them, and the format they are in; no model is needed for that.
+
+    Raises DataError like load_data where no row can be trained on.
+    """
+    examples, _, found, _ = _examples(Recipe(dataset=dataset, dataset_split=split, bad_rows="skip"))
+    said = [
+        [example.place, turn["role"], turn["content"] or turn.get("tool_calls", "")]
+        for example in examples[:_SHOWN]
+        for turn in example.messages or [{"role": "text", "content": example.text}]
+    ]
+    return Table(["row", "who", "what"], said, f"{dataset}: {found}")
 
 
 def _examples(recipe: Recipe) -> tuple[list[Example], int | None, str, list[str]]:
