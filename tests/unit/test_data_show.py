@@ -45,7 +45,7 @@ def test_learned_tokens_are_underlined_and_the_others_are_not(show):
     shown = show("Why?", "So it is.")
     page = shown._repr_html_()
     assert text_of(page, "u") == "learned: green, underlined\n" + "So·it·is.<|eot_id|>"
-    assert "user<|end_header_id|>↵↵\nWhy?<|eot_id|>" in text_of(page, "span")
+    assert "user<|end_header_id|>↵\n↵\nWhy?<|eot_id|>" in text_of(page, "span")
     assert "So" not in text_of(page, "span")
     for form in (page, str(shown)):
         assert "10 of " in form  # nine letters and the end

@@ -114,3 +114,21 @@ def test_pyplot_and_its_global_state_are_never_loaded():
     code = f"import sys; {draw}; print('matplotlib.pyplot' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("lengths", [[5], [70] * 9, [*range(1, 300), 9000], []])
+def test_lengths_are_counted_on_both_sides_of_the_limit(lengths):
+    picture = plots.lengths_picture(lengths, 128)
+    assert size(picture)[0] > 500
+    over = sum(length > 128 for length in lengths)
+    assert repr(picture) == "no rows" if not lengths else repr(picture).endswith(f"; {over} over max_length = 128")
+
+
+def test_lengths_in_words_and_in_bars():
+    lengths = [100, 128, 129, 3000]
+    axes = Figure().subplots()
+    words = plots._draw_lengths(axes, lengths, 128)
+    assert words == "4 rows of 100 to 3,000 tokens, the middle one 129; 2 over max_length = 128"
+    assert {line.get_xdata()[0] for line in axes.lines} == {128}
+    within = sum(bar.get_height() for bar in axes.patches if bar.get_x() < 128)
+    assert (within, sum(bar.get_height() for bar in axes.patches)) == (2, 4)
