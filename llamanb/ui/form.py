@@ -74,13 +74,12 @@ class RecipeForm:
         margin = ipywidgets.Layout(margin="2px 0 2px 1em")
         self._hints = {name: ipywidgets.Label(layout=margin) for name in self.widgets}
         self._message = ipywidgets.HTML(layout=ipywidgets.Layout(margin="0.5em 0 0 2px"))  # a Label would not wrap
-        self._table = ipywidgets.HTML(layout=ipywidgets.Layout(align_self="flex-start"))
-        self._table.add_class("jp-RenderedHTMLCommon")  # as tables look in any other output of JupyterLab
+        self._message.add_class("jp-RenderedHTMLCommon")  # as tables look in any other output of JupyterLab
         for widget in self.widgets.values():
             widget.observe(self._show, names="value")
         wrap = ipywidgets.Layout(flex_flow="row wrap")
         rows = [ipywidgets.HBox([widget, self._hints[name]], layout=wrap) for name, widget in self.widgets.items()]
-        self._box = ipywidgets.VBox([*rows, self._message, self._table])
+        self._box = ipywidgets.VBox([*rows, self._message])
         self._show()
 
     @property
@@ -180,32 +179,27 @@ class RecipeForm:
 
     def _show(self, change=None) -> None:
         with self._showing:  # an answer of the Hub comes in a thread
-            self._message.value, self._table.value = self._below()
+            self._message.value = self._below()
             for name, label in self._hints.items():
                 label.value = self.hint(name)
 
-    def _below(self) -> tuple[str, str]:
-        """HTML of the words and of the table that stand under the widgets."""
+    def _below(self) -> str:
+        """HTML of what stands under the widgets: the bar, what the last change did, and words or an error."""
         self._shape = None
         try:
             recipe = self.recipe
             self._shape = self._shape_of(recipe.model, recipe.revision)
             made = self.plan
         except DoesNotFitError as error:
-            changes = join(error.changes) if error.changes.rows else ""
-            return self._drawn(str(error), error.plan), changes
-        except (LlamanbError, OSError, RuntimeError) as error:  # the last two: a path that no file system takes
-            return paragraph(error), ""
-        facts = {fact: (value, why) for fact, value, why in made.table().rows}
-        text = "it fits" if made.memory else "no memory is predicted for a CPU"
-        text += f": {facts['optimizer step'][0]}, activations {facts['activations'][0]}"
-        text += "\n{}, {}".format(*facts["time"]) if made.time else ""
-        return self._drawn(f"{text}\nlearning rate {recipe.highest_learning_rate:g}", made), ""
-
-    def _drawn(self, text: str, made: Plan) -> str:
-        """The words with what the last change did, and the bar."""
+            made, words = error.plan, join(error)
+        except LlamanbError as error:
+            return join(error)
+        except (OSError, RuntimeError) as error:  # of a path that no file system takes
+            return paragraph(error)
+        else:
+            words = paragraph(f"{_verdict(made)}\nlearning rate {recipe.highest_learning_rate:g}")
         before, self._shown = self._shown, made
-        return paragraph(text + _difference(before, made)) + join(made.bar())
+        return join(made.bar()) + paragraph(_difference(before, made)) + words
 
     def _shape_of(self, model: str, revision: str) -> Architecture:
         """The model's shape. One that the Hub has to be asked for comes in a thread, which shows the form again."""
@@ -257,8 +251,16 @@ def _whereabouts(dataset: str) -> str:
     return "a name on the Hub" if named else "no such file here"
 
 
+def _verdict(made: Plan) -> str:
+    """That it fits, how, and how long it takes."""
+    facts = {fact: (value, why) for fact, value, why in made.table().rows}
+    text = "it fits" if made.memory else "no memory is predicted for a CPU"
+    text += f": {facts['optimizer step'][0]}, activations {facts['activations'][0]}"
+    return text + ("\n{}, {}".format(*facts["time"]) if made.time else "")
+
+
 def _difference(before: Plan | None, now: Plan) -> str:
-    """What the last change did to memory and time, on a line of its own."""
+    """What the last change did to memory and time."""
     if before is None or before.memory is None or now.memory is None:
         return ""
     gib, layers = now.needs_gib - before.needs_gib, now.recomputed - before.recomputed
@@ -267,7 +269,7 @@ def _difference(before: Plan | None, now: Plan) -> str:
         parts.append(f"{abs(layers)} {'more' if layers > 0 else 'fewer'} layers recomputed")
     if now.time and before.time and abs(seconds := now.step_s - before.step_s) >= 0.05:
         parts.append(f"{abs(seconds):.1f} s {'more' if seconds > 0 else 'less'} a step")
-    return f"\nthe last change: {', '.join(parts)}"
+    return f"the last change: {', '.join(parts)}"
 
 
 def _has_gpu() -> bool:

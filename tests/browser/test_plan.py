@@ -6,13 +6,19 @@ import pytest
 from playwright.sync_api import Locator, expect
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-SLIDERS = {"Rank": "16", "Length": "1024"}
-MENUS = {"Train": "qlora-nf4", "Adapters on": "all-linear", "Micro-batch": "0", "Card": "T4"}
+FIELDS = {"Model": "meta-llama/Llama-3.1-8B-Instruct", "Data": "tiny", "Rank": "16", "Batch": "16", "Micro-batch": "0"}
+FIELDS |= {"Length": "1024", "Epochs": "1", "Steps": "0"}
+MENUS = {"Train": "qlora-nf4", "Adapters on": "all-linear", "Card": "T4"}
 
 
 def row(lab, label: str) -> Locator:
     """A widget and its hint."""
     return lab.output("form").locator(".widget-hbox").filter(has=lab.page.get_by_text(label, exact=True))
+
+
+def field(lab, label: str) -> Locator:
+    """A widget by the name that a screen reader has for it."""
+    return lab.output("form").get_by_label(label, exact=True)
 
 
 def bar(lab) -> Locator:
@@ -25,19 +31,25 @@ def moved(lab, act) -> str:
     before = bar(lab).evaluate("bar => bar.outerHTML")
     act()
     lab.page.wait_for_function(
-        "([cell, before]) => cell.querySelector('[role=img]')?.outerHTML !== before",
+        "([cell, before]) => (cell.querySelector('[role=img]')?.outerHTML ?? before) !== before",
         arg=[lab.cell("form").element_handle(), before],
     )
     return bar(lab).get_attribute("aria-label")
 
 
 def press(lab, label: str, *keys: str):
-    """Presses keys on a slider's handle, or in a menu's open list: the keys of a closed one go to JupyterLab
-    (ipywidgets issue 3912)."""
-    slider = label in SLIDERS
-    row(lab, label).locator(".noUi-handle" if slider else "select").focus()
-    for key in keys if slider else ("Space", *keys, "Enter"):
+    """Presses keys in a menu's open list: the keys of a closed one go to JupyterLab (ipywidgets issue 3912)."""
+    field(lab, label).focus()
+    for key in ("Space", *keys, "Enter"):
         lab.page.keyboard.press(key)
+
+
+def write(lab, label: str, text: str, leave: str = "Tab"):
+    """Writes over what stands in a field, and leaves it."""
+    field(lab, label).focus()
+    lab.page.keyboard.press("Control+a")
+    lab.page.keyboard.type(text)
+    lab.page.keyboard.press(leave)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -65,27 +77,64 @@ def test_every_widget_moved_by_keyboard_changes_the_bar(open_lab):
     for cell in ("setup", "parameters", "form"):
         lab.run_cell(cell)
     for label, value in MENUS.items():
-        expect(row(lab, label).locator("option:checked")).to_have_text("the plan chooses" if value == "0" else value)
-    for label, value in SLIDERS.items():
-        expect(row(lab, label).locator(".widget-readout")).to_have_text(value)
+        expect(field(lab, label).locator("option:checked")).to_have_text(value)
+    for label, value in FIELDS.items():
+        expect(field(lab, label)).to_have_value(value)
+    lab.save_picture("03-form-first", "form")
 
-    moved(lab, lambda: press(lab, "Length", "ArrowRight"))
-    expect(row(lab, "Length").locator(".widget-readout")).to_have_text("2048")
-    moved(lab, lambda: press(lab, "Rank", "ArrowRight"))
-    expect(row(lab, "Rank")).to_contain_text("2 times that of rank 16")
+    field(lab, "Length").focus()
+    moved(lab, lambda: lab.page.keyboard.press("ArrowUp"))
+    expect(field(lab, "Length")).to_have_value("1152")
+    moved(lab, lambda: write(lab, "Length", "2048"))
+    expect(lab.output("form")).to_contain_text(re.compile(r"the last change: [\d.]+ GiB more"))
+    expect(lab.page.locator(":focus")).to_have_attribute("id", field(lab, "Epochs").get_attribute("id"))
+    moved(lab, lambda: write(lab, "Rank", "32", "Enter"))
+    expect(row(lab, "Rank")).to_contain_text("2 times rank 16")
     moved(lab, lambda: press(lab, "Adapters on", "ArrowDown"))
     expect(row(lab, "Adapters on")).to_contain_text("4 of the 7 matrices")
-    moved(lab, lambda: press(lab, "Micro-batch", "ArrowDown", "ArrowDown"))
+    moved(lab, lambda: write(lab, "Micro-batch", "2"))
+    write(lab, "Batch", "6")
+    expect(lab.output("form")).to_contain_text("3 × 2 rows of up to 2048 tokens")
+    write(lab, "Epochs", "2")
+    expect(lab.output("form")).to_contain_text("the last change: no more memory, no less")
+    write(lab, "Steps", "10")
+    expect(row(lab, "Epochs")).to_contain_text("not used")
+    expect(lab.output("form")).to_contain_text("for 10 steps")
+    write(lab, "Data", "no-such-rows.csv", "Enter")
+    expect(row(lab, "Data")).to_contain_text("no such file here")
     moved(lab, lambda: press(lab, "Train", "l"))
     expect(lab.output("form")).to_contain_text("what would fit")
     assert " of 13." in bar(lab).get_attribute("aria-label")
     words = moved(lab, lambda: press(lab, "Card", "H"))
     assert re.fullmatch(r"[\d.]+ of 7[1-6]\.\d+ GiB: [\d.]+ GiB left", words)
     lab.save_picture("03-form-moved", "form")
+    moved(lab, lambda: write(lab, "Model", "meta-llama/Llama-3.2-1B-Instruct"))
 
-    # Later cells read the form
     lab.run_cell("plan")
-    expect(lab.output("plan")).to_contain_text("lora, on H100")
-    expect(lab.output("plan")).to_contain_text("8 × 2 rows of up to 2048 tokens")
+    expect(lab.output("plan")).to_contain_text("meta-llama/Llama-3.2-1B-Instruct, lora, on H100")
+    expect(lab.output("plan")).to_contain_text("3 × 2 rows of up to 2048 tokens")
+    assert lab.noise() == []
+    assert lab.cut_off() == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_what_cannot_be_is_said_in_the_form_which_goes_on(open_lab, theme):
+    lab = open_lab("03_plan", theme)
+    for cell in ("setup", "parameters", "form"):
+        lab.run_cell(cell)
+    write(lab, "Micro-batch", "3")
+    expect(lab.output("form").get_by_role("alert")).to_contain_text("does not divide effective_batch_size = 16")
+    lab.save_picture(f"03-refused-{theme}", "form")
+    write(lab, "Micro-batch", "0")
+    write(lab, "Model", "nobody/knows<b>this")
+    expect(lab.output("form").get_by_role("alert")).to_contain_text("'nobody/knows<b>this' does not exist")
+    write(lab, "Model", "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit")
+    expect(bar(lab)).to_be_visible()
+    press(lab, "Train", "l")
+    expect(row(lab, "Train")).to_contain_text("not possible: this checkpoint is nf4 already")
+    expect(lab.output("form").get_by_role("alert")).to_contain_text("is already quantized (nf4)")
+    lab.save_picture(f"03-quantized-{theme}", "form")
+    press(lab, "Train", "q")
+    expect(bar(lab)).to_be_visible()
     assert lab.noise() == []
     assert lab.cut_off() == []
