@@ -21,7 +21,7 @@ from llamanb.card import Card
 from llamanb.cards import KNOWN
 from llamanb.data.read import READABLE
 from llamanb.errors import LlamanbError, ModelError
-from llamanb.html import join, paragraph
+from llamanb.html import alert, join, paragraph
 from llamanb.layout import Plan
 from llamanb.nvml import ask, start_nvml
 from llamanb.planner import DoesNotFitError, plan
@@ -122,14 +122,14 @@ class RecipeForm:
             case "effective_batch_size":
                 return f"rows a step, up to {value * self.widgets['max_length'].value:,} tokens"
             case "micro_batch_size":
-                return "rows computed at once" if value else "0: the plan chooses"
+                return f"{'rows computed at once; ' if value else ''}0: the plan chooses"
             case "max_length":
                 over = shape and value > shape.max_positions
                 return f"not possible: the model has {shape.max_positions:,} positions" if over else "tokens, at most"
             case "epochs":
                 return "not used: steps come first" if self.widgets["steps"].value else "passes over the rows"
             case "steps":
-                return "optimizer steps" if value else "0: as many as the epochs need"
+                return f"{'optimizer steps; ' if value else ''}0: as many as the epochs need"
         try:
             card = self.card
         except LlamanbError:
@@ -185,13 +185,15 @@ class RecipeForm:
 
     def _below(self) -> str:
         """HTML of what stands under the widgets: the bar, what the last change did, and words or an error."""
-        self._shape = None
+        if self._shape and self._shape.name != self.widgets["model"].value.strip():
+            self._shape = None
         try:
             recipe = self.recipe
             self._shape = self._shape_of(recipe.model, recipe.revision)
             made = self.plan
         except DoesNotFitError as error:
-            made, words = error.plan, join(error)
+            made, changes = error.plan, join(error.changes) if error.changes.rows else ""
+            words = alert("does not fit", error.what, {"why": error.why, "how to fix it": error.fix}, changes)
         except LlamanbError as error:
             return join(error)
         except (OSError, RuntimeError) as error:  # of a path that no file system takes

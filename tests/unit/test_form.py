@@ -160,6 +160,9 @@ def test_fields_say_themselves_what_is_not_possible_or_not_used(no_gpu):
     form.widgets["method"].value = "full"
     assert shown_hint(form, "rank") == shown_hint(form, "targets") == "not used: full fine-tuning has no adapters"
     form.widgets["steps"].value = 9
+    form.widgets["rank"].value = -1
+    assert shown_hint(form, "model") == "8,030 million parameters"
+    form.widgets["rank"].value = 1
     assert shown_hint(form, "epochs") == "not used: steps come first"
     assert "learning rate 2e-05" in message(form)
 
@@ -338,7 +341,8 @@ def test_what_does_not_fit_shows_what_takes_the_room_and_what_would():
     with pytest.raises(DoesNotFitError) as caught:
         _ = form.plan
     error = caught.value
-    assert error._repr_html_() in message(form)
+    for text in (error.what, error.why, error.fix):
+        assert escape_text(text) in message(form)
     assert error.plan.bar()._repr_html_() in message(form)
     assert error.changes._repr_html_() in message(form)
     assert "GiB too much" in message(form)
