@@ -5,6 +5,7 @@ memory of each phase. Plain data, written into the run's folder as it grows, so 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -92,7 +93,9 @@ class Timeline:
         self._append(folder / MEMORY, Sample._fields, list(self.samples))
         self._append(folder / METRICS, Step._fields, self.steps)
         facts = {name: getattr(self, name) for name in ("source", "limit_gib", "planned_gib", "peaks_gib", "missing")}
-        (folder / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        new = folder / f"{FACTS}.new"
+        new.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        new.replace(folder / FACTS)  # in one go: a run that dies meanwhile leaves the old one whole
 
     def _append(self, path: Path, header: Iterable[str], rows: list) -> None:
         done = self._written.get(path.name)
@@ -116,7 +119,8 @@ class Timeline:
 
 
 def _rows(path: Path, columns: int) -> Iterator[list[str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.reader(file)
-        next(rows, None)
-        yield from (row for row in rows if len(row) == columns)
+    written = path.read_bytes()
+    whole = written[: written.rfind(b"\n") + 1].decode("utf-8")  # half a number is a number too
+    rows = csv.reader(io.StringIO(whole, newline=""))
+    next(rows, None)
+    yield from (row for row in rows if len(row) == columns)
