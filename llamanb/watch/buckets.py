@@ -20,6 +20,9 @@ def lasting_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer | Non
         found[CONSTANTS] += sum(tensor.nbytes for tensor in _constants(parameter))
         if parameter.grad is not None:
             found[GRADIENTS] += parameter.grad.nbytes
+    for module in model.modules():  # where int8 keeps its scales from the first forward pass on
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+        found[CONSTANTS] += scales.nbytes if isinstance(scales, torch.Tensor) else 0
     for state in optimizer.state.values() if optimizer else ():
         tensors = (value for value in state.values() if isinstance(value, torch.Tensor))
         found[OPTIMIZER] += sum(t.nbytes for t in tensors if not getattr(t, "is_paged", False))
