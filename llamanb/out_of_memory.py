@@ -59,6 +59,9 @@ class Scene:
 
     def clear(self, error: BaseException | None = None) -> None:
         """Lets go of the model, also where the error's traceback holds it, and gives its memory back."""
+        if self.trainer is not None:  # the functions in a traceback hold the trainer whatever becomes of its frames
+            self.trainer.accelerator.free_memory()
+            vars(self.trainer).clear()
         self.model = self.trainer = None
         if error:
             traceback.clear_frames(error.__traceback__)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
-from llamanb import hub
+from llamanb import __version__, hub
 from llamanb.data import TrainingData, load_data
 from llamanb.layout import GIB, Plan
 from llamanb.run import FINISHED, Run, new_folder
 
 __all__ = ["Run", "train"]
 
-VERSIONS = ("llamanb", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
 def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", runs: str | Path = "runs") -> Run:
@@ -43,9 +43,8 @@ def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", ru
 
     scene = Scene(plan, folder)
     with quiet_libraries(), MemorySampler.here() as sampler:
-        run = Run(
-            folder, plan, sampler.timeline, versions={name: importlib.metadata.version(name) for name in VERSIONS}
-        )
+        versions = {"llamanb": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+        run = Run(folder, plan, sampler.timeline, versions=versions)
         run.timeline.planned_gib = plan.needs_gib
         run.save()
         explained = None
@@ -58,7 +57,8 @@ def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", ru
             if not explained:
                 raise
     if explained:
-        raise explained  # outside of the except block: nothing holds the old traceback
+        scene.clear()  # again, now that nothing holds the old traceback
+        raise explained
     write_report(run)
     return run
 
@@ -78,7 +78,8 @@ def _train(run: Run, data: TrainingData, scene) -> Run:
         warn_of_gaps()
     transformers.set_seed(recipe.seed)
     callbacks = [StopAfter(recipe.stop_after_min)] if recipe.stop_after_min else []  # its clock starts before loading
-    timeline.phase = "load"
+    instants = Instants(timeline, gpu=plan.card.is_gpu)
+    instants.begins("load")
     print(f"loading {recipe.model}", flush=True)
     model = scene.model = load_model(plan, data.tokenizer)
     use_threads_that_pay(model)
@@ -87,12 +88,11 @@ def _train(run: Run, data: TrainingData, scene) -> Run:
 
     before = None
     if data.held_out:
-        timeline.phase = "score"
+        instants.begins("score")
         print(f"scoring {len(data.held_out)} held-out rows before training", flush=True)
         before = evaluate(model, data)
 
     trainer = scene.trainer = build_trainer(plan, model, data, folder, [LiveView(timeline, folder), *callbacks])
-    instants = Instants(timeline, gpu=plan.card.is_gpu)
     instants.attach(trainer)
     try:
         result = trainer.train()
@@ -100,12 +100,12 @@ def _train(run: Run, data: TrainingData, scene) -> Run:
         let_go()
     lasting = {bucket: size / GIB for bucket, size in instants.lasting.items()}
     run = run.replace(status=FINISHED, train_s=result.metrics["train_runtime"], buckets_gib=lasting)
-    timeline.phase = "save"  # before anything else can fail
+    instants.begins("save")  # before anything else can fail
     saved = save_model(model, data.tokenizer, plan, folder)
     run.save()
 
     if before is not None:
-        timeline.phase = "score"
+        instants.begins("score")
         print("scoring them again", flush=True)
         run = run.replace(scores=compare(before, evaluate(model, data), data))
         write_model_card(saved, plan, str(run.scores.tables()[0]))

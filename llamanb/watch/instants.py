@@ -30,48 +30,49 @@ class Instants(TrainerCallback):
 
     def __init__(self, timeline: Timeline | None = None, *, gpu: bool = True):
         self.peaks = dict.fromkeys(SEEN, 0)
-        """Bytes."""
+        """Bytes, by part."""
         self.reserved = 0
         """Most bytes that torch held of the GPU."""
         self.losses_s: list[float] = []
         """When the loss of each micro-batch was there, in seconds of a clock."""
         self.lasting: dict[str, int] = {}
         """Bytes by bucket after the first step, its gradients still there."""
-        self._timeline, self._gpu = timeline, gpu
+        self._timeline, self._gpu, self._part = timeline, gpu, LOAD
 
     def attach(self, trainer: Trainer) -> None:
         compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
 
         def watched_loss(*args, **kwargs):
-            self.ends(OPTIMIZER, FORWARD)
+            self.begins(FORWARD)
             loss = compute_loss(*args, **kwargs)
             self.losses_s.append(time.perf_counter())
-            self.ends(LOSS, BACKWARD)
+            self.begins(BACKWARD)
             return loss
 
         def watched_backward(*args, **kwargs):
             backward(*args, **kwargs)
-            self.ends(BACKWARD, OPTIMIZER)
+            self.begins(OPTIMIZER)
 
         def layers_done(*_):
-            if trainer.model.training:
-                self.ends(FORWARD, LOSS)
+            if self._part == FORWARD:
+                self.begins(LOSS)
 
         trainer.compute_loss, trainer.accelerator.backward = watched_loss, watched_backward
         trainer.model.get_decoder().register_forward_hook(layers_done)
         trainer.add_callback(self)
 
-    def ends(self, part: str, next_part: str) -> None:
-        """Counts the peak since the last call to `part`."""
+    def begins(self, part: str) -> None:
+        """Counts the peak since the last call to the part that ends, and begins another."""
         if self._gpu:
             stats = torch.cuda.memory_stats_as_nested_dict()
-            self.peaks[part] = max(self.peaks[part], stats["allocated_bytes"]["all"]["peak"])
+            self.peaks[self._part] = max(self.peaks.get(self._part, 0), stats["allocated_bytes"]["all"]["peak"])
             self.reserved = max(self.reserved, stats["reserved_bytes"]["all"]["peak"])
             torch.cuda.reset_peak_memory_stats()
         if self._timeline:
-            self._timeline.phase = next_part
+            self._timeline.phase = part
             if self._gpu:
-                self._timeline.peaks_gib[part] = self.peaks[part] / GIB
+                self._timeline.peaks_gib[self._part] = self.peaks[self._part] / GIB
+        self._part = part
 
     def times(self, accumulation: int) -> tuple[float, float]:
         """Seconds of a micro-batch and, beside them, of the optimizer; medians, the first step left out."""
@@ -84,11 +85,11 @@ class Instants(TrainerCallback):
         return micro, max(0.0, statistics.median(across) - micro) if across else 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.ends(LOAD, FORWARD)
+        self.begins(FORWARD)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if not self.lasting and model is not None:
             self.lasting = lasting_bytes(model, optimizer)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.ends(OPTIMIZER, OPTIMIZER)
+        self.begins(OPTIMIZER)

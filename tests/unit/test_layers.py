@@ -140,5 +140,15 @@ def test_what_points_back_is_imported_inside_functions_only(part, later):
     assert [name for name in _imported(module) if name and name.startswith(f"llamanb.{later}")]
 
 
+EXTRAS = {"shrink", "export", "scale", "gpu_check", "tradeoffs", "tiny.make"}
+
+
+def test_nothing_imports_an_extra():
+    """What .ci/size.py counts apart is not on the way of the quickstart."""
+    for extra in EXTRAS:
+        own = extra.replace(".", "/")
+        assert {user for user in _uses(f"llamanb.{extra}") if not user.startswith(own)} <= {"tiny/make"}, extra
+
+
 def test_no_file_a_reader_would_dread():
     assert [f"{path}: {n}" for path in FILES if (n := len(path.read_text().splitlines())) > 400] == []
