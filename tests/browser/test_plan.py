@@ -130,6 +130,8 @@ def test_what_cannot_be_is_said_in_the_form_which_goes_on(open_lab, theme):
     write(lab, "Micro-batch", "0")
     write(lab, "Model", "nobody/knows<b>this")
     expect(lab.output("form").get_by_role("alert")).to_contain_text("'nobody/knows<b>this' does not exist")
+    write(lab, "Model", "nobody-of-this-name/llama")  # the Hub's answer, or that there is none, comes by itself
+    expect(lab.output("form").get_by_role("alert")).to_contain_text(re.compile("is not on the Hub|is out of reach"))
     write(lab, "Model", "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit")
     expect(bar(lab)).to_be_visible()
     press(lab, "Train", "l")
@@ -138,5 +140,7 @@ def test_what_cannot_be_is_said_in_the_form_which_goes_on(open_lab, theme):
     lab.save_picture(f"03-quantized-{theme}", "form")
     press(lab, "Train", "q")
     expect(bar(lab)).to_be_visible()
+    lab.page.set_viewport_size({"width": 720, "height": 1000})
+    lab.save_picture(f"03-narrow-{theme}", "form")
     assert lab.noise() == []
     assert lab.cut_off() == []
