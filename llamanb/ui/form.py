@@ -246,10 +246,9 @@ def _whereabouts(dataset: str) -> str:
         return "the tiny Llama's own: notes and tickets"
     if "://" in dataset:
         return "from the web"
-    path = Path(dataset)
-    if path.is_file():
-        return f"a file of {path.stat().st_size:,} bytes"
-    named = hub.is_name(dataset.partition(":")[0]) and path.suffix.lower() not in READABLE
+    if os.path.isfile(dataset):  # unlike Path's, it takes any text
+        return f"a file of {os.path.getsize(dataset):,} bytes"
+    named = hub.is_name(dataset.partition(":")[0]) and Path(dataset).suffix.lower() not in READABLE
     return "a name on the Hub" if named else "no such file here"
 
 

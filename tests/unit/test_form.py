@@ -157,6 +157,8 @@ def test_fields_say_themselves_what_is_not_possible_or_not_used(no_gpu):
     assert shown_hint(form, "method") == METHODS["qlora-fp4"]
     form.widgets["max_length"].value = 10_000
     assert shown_hint(form, "max_length") == "not possible: the model has 8,192 positions"
+    form.widgets["max_length"].value = 8192
+    assert shown_hint(form, "max_length") == "tokens, at most"
     form.widgets["method"].value = "full"
     assert shown_hint(form, "rank") == shown_hint(form, "targets") == "not used: full fine-tuning has no adapters"
     form.widgets["steps"].value = 9
@@ -191,6 +193,9 @@ def test_hints_follow_the_widgets(no_gpu, tmp_path):
         "rows.jsonl": "no such file here",
         "https://example.org/rows.jsonl": "from the web",
         "owner/name.v2:config": "a name on the Hub",
+        "rows/" + "a" * 300 + ".json": "no such file here",
+        "a\0b": "no such file here",
+        "": "no such file here",
         "tiny": "the tiny Llama's own: notes and tickets",
     }.items():
         form.widgets["dataset"].value = dataset
