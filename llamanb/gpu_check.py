@@ -18,7 +18,7 @@ from llamanb import card as cards
 from llamanb import machine
 from llamanb.card import Card, Precision, choose_precision
 from llamanb.errors import GpuError, LlamanbError
-from llamanb.html import Table, join, paragraph
+from llamanb.html import Table, join, paragraph, visible
 from llamanb.nvml import NvmlMemory, ask, gpu_processes, nvml_handle, nvml_memory, start_nvml
 from llamanb.trials import Attention, try_precisions, working_attention
 
@@ -36,7 +36,7 @@ class Section:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join([str(self.table), *(f"* {note}" for note in self.notes)])
+        return "\n".join([str(self.table), *(visible(f"* {note}") for note in self.notes)])
 
     __repr__ = __str__
 

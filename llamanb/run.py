@@ -12,7 +12,7 @@ from pathlib import Path
 from llamanb import plots
 from llamanb.errors import RecipeError
 from llamanb.evaluate import Comparison, Scores
-from llamanb.html import Table, image, join
+from llamanb.html import Table, image, join, visible
 from llamanb.layout import GIB, Plan
 from llamanb.plots import Picture
 from llamanb.timeline import Timeline
@@ -122,7 +122,7 @@ class Run:
         steps = self.timeline.steps
         text = f"{steps[-1].step if steps else 0} steps in {self.train_s:.0f} s, at most {self.peak_gib:.2f} GiB"
         ended = "" if self.status == FINISHED else f" ({self.status})"
-        return f"{text}{ended}; in {self.folder}"
+        return visible(f"{text}{ended}; in {self.folder}")
 
     __repr__ = __str__
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from llamanb import REPOSITORY, __version__
+from llamanb import REPOSITORY, __version__, hub
 from llamanb.data.encode import load_tokenizer
 from llamanb.errors import ModelError
+from llamanb.html import visible
 from llamanb.layout import Plan
 from llamanb.model.load import DTYPES, load_model
 from llamanb.planner import plan as make_plan
@@ -73,24 +74,29 @@ def load_adapter(folder: str | Path) -> tuple[PreTrainedModel, object]:
 
 
 def _model_card(recipe: Recipe, plan: Plan, scores: str) -> str:
-    base = "the tiny Llama that comes with llamanb" if recipe.model == "tiny" else f"[{recipe.model}]({_page(recipe)})"
+    on_the_hub = hub.is_name(recipe.model) and recipe.model != "tiny"
+    base = f"[{recipe.model}](https://huggingface.co/{recipe.model})" if on_the_hub else _code(recipe.model)
+    base = "the tiny Llama that comes with llamanb" if recipe.model == "tiny" else base
+    name = recipe.model.split("/")[-1]
     kind = "LoRA adapter" if recipe.adapters else "fine-tuned model"
-    header = ["---", *([] if recipe.model == "tiny" else [f"base_model: {recipe.model}"])]
+    header = ["---", *([f"base_model: {recipe.model}"] if on_the_hub else [])]
     header += ["library_name: " + ("peft" if recipe.adapters else "transformers"), "tags: [llamanb, llama]", "---"]
     return "\n".join(
         [
             *header,
-            f"# {kind.capitalize()} for {recipe.model.split('/')[-1]}",
+            f"# {kind.capitalize()} for {name if hub.is_name(name) else _code(name)}",
             "",
-            f"A {kind} for {base}, trained on `{recipe.dataset}` with [llamanb]({REPOSITORY}) {__version__}.",
+            f"A {kind} for {base}, trained on {_code(recipe.dataset)} with [llamanb]({REPOSITORY}) {__version__}.",
             "",
             "## Scores on held-out rows",
             "",
-            f"```\n{scores or 'not scored'}\n```",
+            "```",
+            visible(scores or "not scored").replace("`", "'"),
+            "```",
             "",
             "## How it was trained",
             "",
-            f"On {plan.card.name} in {plan.dtype}, with this recipe:",
+            f"On {_code(plan.card.name)} in {plan.dtype}, with this recipe:",
             "",
             f"```json\n{recipe.to_json()}\n```",
             "",
@@ -98,5 +104,6 @@ def _model_card(recipe: Recipe, plan: Plan, scores: str) -> str:
     )
 
 
-def _page(recipe: Recipe) -> str:
-    return f"https://huggingface.co/{recipe.model}"
+def _code(text: str) -> str:
+    """Text that Markdown takes as it is, on one line."""
+    return "`{}`".format(" ".join(visible(text).replace("`", "'").split()))
