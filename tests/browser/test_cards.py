@@ -71,3 +71,16 @@ def test_a_plan_that_does_not_fit_shows_what_would_and_where_the_memory_goes(ope
     assert line.count("\n") == 0
     assert min(card.evaluate(CONTRASTS)) > 4.5
     assert lab.cut_off() == []
+
+
+def test_a_name_that_would_rather_run_stands_in_its_card(open_lab):
+    name = "$$\\href{javascript:window.pwned=1}{x}$$ \\(x\\)<img src=x onerror=window.pwned=1> [x](command:x)'\".jsonl"
+    lab = open_lab("01_quickstart", model="tiny", dataset=name)
+    lab.run_all()
+    lab.wait_for_the_end()
+    card = card_of(lab, "data")
+    lab.save_picture("card-hostile", "data")
+    expect(card.get_by_role("heading")).to_contain_text(name)
+    expect(card.locator("a, img, mjx-container")).to_have_count(0)
+    expect(lab.output("form").locator("a, img[src=x], mjx-container")).to_have_count(0)
+    assert lab.page.evaluate("window.pwned") is None
