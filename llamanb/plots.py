@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,8 +67,9 @@ def memory_picture(timeline: Timeline) -> Picture:
 
 def live_picture(timeline: Timeline, status: str) -> Picture:
     """Memory and loss side by side, while training goes on; `status` is said with them."""
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(10, 2.8))
+    left, right = figure.subplots(1, 2)  # fitted by hand: finding the layout would take longer than drawing it
+    figure.subplots_adjust(left=0.05, right=0.94, top=0.9, bottom=0.17, wspace=0.55)
     words = [status, _draw_memory(left, timeline), _draw_loss(right, timeline)]
     return Picture(figure, ". ".join(words))
 
@@ -140,7 +142,7 @@ def _draw_memory(axes, timeline: Timeline) -> str:
         axes.axhline(timeline.limit_gib, color=LIMIT, linewidth=1, linestyle="--")
     lines |= _limit_line(timeline.limit_gib)
     axes.set_xlim(0, max(samples[-1].time_s, 1.0))
-    axes.set_ylim(0, 1.08 * max(highest, timeline.limit_gib or 0.0, timeline.planned_gib or 0.0))
+    axes.set_ylim(0, 1.08 * max(highest, timeline.limit_gib or 0.0, timeline.planned_gib or 0.0, 0.01))
     _legend(axes, lines)
     limit = f" of {timeline.limit_gib:.1f} GiB" if timeline.limit_gib else ""
     peaks = ", ".join(f"{part} {size:.2f}" for part, size in timeline.peaks_gib.items())
@@ -169,7 +171,11 @@ def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[
 def _kept(y: Sequence[float]) -> list[int]:
     """Where at most MOST_POINTS points lie; of each stretch the highest is kept, so that no peak is lost."""
     stride = -(-len(y) // MOST_POINTS) or 1
-    return [max(range(i, min(i + stride, len(y))), key=y.__getitem__) for i in range(0, len(y), stride)]
+
+    def height(i: int) -> float:
+        return -math.inf if math.isnan(y[i]) else y[i]  # nan is neither more nor less, and would hide what follows it
+
+    return [max(range(i, min(i + stride, len(y))), key=height) for i in range(0, len(y), stride)]
 
 
 def _style(axes, x_label: str, y_label: str) -> None:

@@ -1,13 +1,14 @@
 """The live view under a clock that the test turns and a display that only remembers."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
 
+from llamanb.timeline import Sample, Timeline
 from llamanb.watch import live
-from llamanb.watch.live import DRAWING_SHARE, FREE_FRAMES, LINES, LiveView
-from llamanb.watch.sampler import MemorySampler, Sample
+from llamanb.watch.live import DRAWING_SHARE, FREE_FRAMES, LINES, WORDS_S, WRITE_S, LiveView
 
 STEPS = 120
 
@@ -23,25 +24,29 @@ class Clock:
 
 
 class Display:
-    """Remembers every frame."""
+    """Remembers every picture and every state of the bar, and when it came."""
 
-    def __init__(self):
-        self.frames = []
+    def __init__(self, clock: Clock):
+        self.frames, self.drawn_s, self.bars, self.bars_s = [], [], [], []
+        self._clock = clock
 
-    def update(self, picture) -> None:
-        self.frames.append(picture)
+    def update(self, shown, raw=False) -> None:
+        shows, times = (self.bars, self.bars_s) if raw else (self.frames, self.drawn_s)
+        shows.append(shown)
+        times.append(self._clock.now_s)
 
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(live, "time", made)
+    monkeypatch.setattr("llamanb.timeline.time", made)
     return made
 
 
 @pytest.fixture
-def display(monkeypatch) -> Display:
-    made = Display()
+def display(monkeypatch, clock) -> Display:
+    made = Display(clock)
     monkeypatch.setattr(live, "_display_handle", lambda: made)
     return made
 
@@ -51,42 +56,54 @@ def drawing(monkeypatch, clock):
     """`drawing.frame_s`: seconds that the clock moves on while a picture is drawn; `drawing.all_s`: their sum."""
     made = SimpleNamespace(frame_s=0.0, all_s=0.0)
 
-    def draw(sampler, steps, losses, status):
+    def draw(timeline, status):
         clock.now_s += made.frame_s
         made.all_s += made.frame_s
-        return SimpleNamespace(status=status, steps=list(steps), losses=list(losses))
+        return SimpleNamespace(status=status, steps=list(timeline.steps))
 
     monkeypatch.setattr(live, "live_picture", draw)
     return made
 
 
-def train(clock: Clock, step_s: float, *, steps: int = STEPS, losses=None) -> LiveView:
-    """A training of so many steps, each of so many seconds."""
-    sampler = MemorySampler(lambda: (1.0, None), "fake")
-    sampler.samples.append(Sample(0.0, 1.25, None))
-    view, state = LiveView(sampler), SimpleNamespace(max_steps=steps, global_step=0)
-    view.on_train_begin(None, state, None)
-    for step in range(1, steps + 1):
-        clock.now_s += step_s
-        state.global_step = step
-        view.on_log(None, state, None, logs={"loss": losses[step - 1] if losses else 1.0 / step})
-    view.on_train_end(None, state, None)
-    return view
+@pytest.fixture
+def train(clock, tmp_path):
+    """`train(step_s)`: a training of STEPS steps, each of so many seconds and of 1000 tokens."""
+
+    def trained(step_s: float, *, steps: int = STEPS, losses=None) -> LiveView:
+        timeline = Timeline("fake")
+        timeline.samples += [Sample(0.0, "load", 2.5, None, None), Sample(0.1, "forward", 1.25, None, None)]
+        view, state = LiveView(timeline, tmp_path), SimpleNamespace(max_steps=steps, global_step=0)
+        view.on_train_begin(None, state, None)
+        for step in range(1, steps + 1):
+            clock.now_s += step_s
+            state.global_step = step
+            logs = {"loss": losses[step - 1] if losses else 1.0 / step, "learning_rate": 2e-4, "grad_norm": 0.5}
+            view.on_log(None, state, None, logs={**logs, "num_tokens": 1000.0 * step})
+        view.on_train_end(None, state, None)
+        return view
+
+    return trained
 
 
-def test_outside_a_notebook_it_is_words_only(clock, capsys):
+def test_outside_a_notebook_it_is_words_only(train, capsys):
     assert live._display_handle() is None
-    view = train(clock, 1.0)
+    steps = train(1.0).timeline.steps
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 1 of 120, loss 1.000, 1.25 GiB, 0:01 gone, 1:59 left"
-    assert lines[-1] == "step 120 of 120, loss 0.008, 1.25 GiB, 2:00 gone, 0:00 left"
+    assert lines[0] == "step 1 of 120, loss 1.000, 1.25 GiB, at most 2.50, 0:01 gone, 1:59 left"
+    assert lines[-1] == "step 120 of 120, loss 0.008, 1,000 tokens/s, 1.25 GiB, at most 2.50, 2:00 gone, 0:00 left"
     assert LINES <= len(lines) <= LINES + 2
-    assert (view.steps[0], view.steps[-1], len(view.losses)) == (1, STEPS, STEPS)
+    assert (steps[0].step, steps[-1].step, len(steps)) == (1, STEPS, STEPS)
+
+
+def test_a_step_holds_what_was_logged(train):
+    first = train(1.5, steps=2).timeline.steps[0]
+    assert (first.step, first.time_s, first.loss, first.tokens) == (1, 1.5, 1.0, 1000)
+    assert (first.learning_rate, first.grad_norm) == (2e-4, 0.5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 11, 13, 1000])
-def test_words_are_few_and_hold_the_first_and_the_last_step(clock, capsys, steps):
-    train(clock, 1.0, steps=steps)
+def test_words_are_few_and_hold_the_first_and_the_last_step(train, capsys, steps):
+    train(1.0, steps=steps)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"step 1 of {steps},")
     assert lines[-1].startswith(f"step {steps} of {steps},")
@@ -94,68 +111,117 @@ def test_words_are_few_and_hold_the_first_and_the_last_step(clock, capsys, steps
     assert len(lines) == len(set(lines))
 
 
-def test_logs_without_a_loss_are_not_steps(clock, display, drawing, capsys):
-    view, state = LiveView(MemorySampler(lambda: (1.0, None), "fake")), SimpleNamespace(max_steps=3, global_step=0)
+def test_logs_without_a_loss_are_not_steps(clock, display, drawing, tmp_path, capsys):
+    view, state = LiveView(Timeline("fake"), tmp_path), SimpleNamespace(max_steps=3, global_step=0)
     view.on_train_begin(None, state, None)
     view.on_log(None, state, None, logs={"train_runtime": 3.0})
     view.on_log(None, state, None, logs=None)
-    assert view.steps == []
+    assert view.timeline.steps == []
     assert capsys.readouterr().out == ""
 
 
-def test_the_first_and_the_last_frame_are_always_drawn(clock, display, drawing):
+def test_logs_that_lack_the_rest_are_steps(clock, tmp_path):
+    view, state = LiveView(Timeline("fake"), tmp_path), SimpleNamespace(max_steps=3, global_step=1)
+    view.on_train_begin(None, state, None)
+    view.on_log(None, state, None, logs={"loss": 0.0, "grad_norm": None})
+    assert [(s.loss, s.grad_norm, s.tokens) for s in view.timeline.steps] == [(0.0, 0.0, 0)]
+
+
+@pytest.mark.parametrize("step_s", [0.01, 0.3, 5.0])
+def test_the_bar_is_updated_at_most_once_a_second(display, drawing, train, step_s):
+    train(step_s, steps=1000)
+    gaps = [after - before for before, after in itertools.pairwise(display.bars_s)]
+    assert min(gaps[:-1]) >= WORDS_S, "the last one comes when training ends"
+    assert len(display.bars) >= min(1000, 1000 * step_s / (WORDS_S + step_s))
+
+
+def test_the_bar_says_how_much_is_done(display, drawing, train):
+    train(1.0, steps=4)
+    shares = ["value='0'", "value='25'", "value='50'", "value='75'", "value='100'"]
+    for share in shares:
+        assert any(share in bar["text/html"] for bar in display.bars)
+    assert "value='0'" in display.bars[0]["text/html"]
+    assert "value='100'" in display.bars[-1]["text/html"]
+
+
+def test_the_bar_s_words_are_those_of_the_log(display, drawing, train):
+    train(1.0, steps=4)
+    words = "step 4 of 4, loss 0.250, 1,000 tokens/s, 1.25 GiB, at most 2.50, 0:04 gone, 0:00 left"
+    assert display.bars[-1]["text/plain"] == words
+    assert words in display.bars[-1]["text/html"]
+    assert display.frames[-1].status == words
+
+
+@pytest.mark.parametrize("step_s", [0.01, 0.7, 30.0])
+def test_files_are_written_every_few_seconds(train, clock, monkeypatch, step_s):
+    written_s = []
+    monkeypatch.setattr(Timeline, "write", lambda self, folder: written_s.append(clock.now_s))
+    train(step_s, steps=2000)
+    gaps = [after - before for before, after in itertools.pairwise([1000.0, *written_s])]
+    assert min(gaps) >= WRITE_S
+    assert max(gaps) <= WRITE_S + step_s + 1e-6
+
+
+def test_a_run_that_dies_is_written_but_for_its_last_seconds(train, tmp_path):
+    view = train(1.0)
+    again = Timeline.read(tmp_path)
+    assert again.samples == view.timeline.samples
+    assert again.steps == view.timeline.steps[: len(again.steps)]
+    assert len(again.steps) >= STEPS - WRITE_S
+
+
+def test_the_first_and_the_last_frame_are_always_drawn(display, drawing, train):
     drawing.frame_s = 100.0  # far beyond what is granted
-    train(clock, 1.0, steps=2)
+    train(1.0, steps=2)
     assert [frame.status.split(",")[0] for frame in display.frames] == ["step 0 of 2", "step 2 of 2"]
-    assert display.frames[-1].steps[-1] == 2
+    assert display.frames[-1].steps[-1].step == 2
 
 
 @pytest.mark.parametrize("frame_s", [0.05, 0.25, 1.0])
-def test_a_run_of_a_minute_is_seen_to_move(clock, display, drawing, frame_s):
+def test_a_run_of_a_minute_is_seen_to_move(display, drawing, train, frame_s):
     drawing.frame_s = frame_s
-    train(clock, 0.5)
+    train(0.5)
     assert 4 <= len(display.frames) <= 1 + FREE_FRAMES + 1 + 60 * DRAWING_SHARE / frame_s
 
 
-def test_a_first_frame_that_takes_long_does_not_hold_the_next_ones_up(clock, display, drawing, monkeypatch):
+def test_a_first_frame_that_takes_long_does_not_hold_the_next_ones_up(display, drawing, train, monkeypatch):
     drawing.frame_s, update = 3.0, display.update
 
-    def warm(picture):
-        drawing.frame_s = 0.2
-        update(picture)
+    def warm(shown, raw=False):
+        drawing.frame_s = drawing.frame_s if raw else 0.2
+        update(shown, raw)
 
     monkeypatch.setattr(display, "update", warm)
-    train(clock, 0.1)
+    train(0.1)
     assert len(display.frames) >= 4
 
 
 @pytest.mark.parametrize("frame_s", [0.05, 0.3, 2.0])
-def test_drawing_stays_a_small_share_of_a_long_run(clock, display, drawing, frame_s):
+def test_drawing_stays_a_small_share_of_a_long_run(clock, display, drawing, train, frame_s):
     drawing.frame_s = frame_s
     begin_s = clock.now_s
-    train(clock, 6.0, steps=3000)
+    train(6.0, steps=3000)
     always_s = (FREE_FRAMES + 1) * frame_s  # and the last one
     assert drawing.all_s <= always_s + DRAWING_SHARE * (clock.now_s - begin_s)
     assert len(display.frames) > 20
 
 
-def test_frames_come_spread_out(clock, display, drawing, monkeypatch):
+def test_frames_come_spread_out(display, drawing, train):
     drawing.frame_s = 0.1
-    drawn_at = []
-    monkeypatch.setattr(display, "update", lambda picture: drawn_at.append(clock.now_s))
-    train(clock, 0.01, steps=2000)
-    gaps = [after - before for before, after in itertools.pairwise(drawn_at)][:-1]
+    train(0.01, steps=2000)
+    gaps = [after - before for before, after in itertools.pairwise(display.drawn_s)][:-1]
     assert min(gaps) >= 10 * drawing.frame_s
 
 
-def test_a_loss_that_is_not_a_number_shows_as_such(clock, display, drawing, capsys):
-    train(clock, 1.0, steps=2, losses=[float("nan"), float("inf")])
+def test_a_loss_that_is_not_a_number_shows_as_such(display, drawing, train, capsys):
+    view = train(1.0, steps=2, losses=[float("nan"), float("inf")])
     assert "loss nan" in capsys.readouterr().out
     assert "loss inf" in display.frames[-1].status
+    assert math.isnan(view.timeline.steps[0].loss)
 
 
-def test_a_real_picture_stays_as_the_last_frame(clock, display):
-    train(clock, 1.0, steps=3)
+def test_a_real_picture_stays_as_the_last_frame(display, train):
+    train(1.0, steps=3)
     assert display.frames[-1].png.startswith(b"\x89PNG")
     assert "step 3 of 3" in repr(display.frames[-1])
 

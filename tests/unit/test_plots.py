@@ -1,25 +1,30 @@
 """Every picture: a PNG for the eye, and the same figures in words."""
 
-import itertools
+import math
 import struct
 import subprocess
 import sys
+import warnings
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from llamanb import plots
-from llamanb.watch.sampler import MemorySampler, Phase, Sample
+from llamanb.timeline import Sample, Step, Timeline
 
 
-def sampler(samples=(), phases=(), limit_gib=None, missing="") -> MemorySampler:
-    made = MemorySampler(lambda: (0.0, None), "VRAM in use (test)", limit_gib)
-    made.samples, made.phases, made.missing = [Sample(*s) for s in samples], [Phase(*p) for p in phases], missing
+def timeline(samples=(), losses=(), **more) -> Timeline:
+    """`samples` as (time_s, phase, used_gib) or with torch's allocated and reserved; `losses` step by step."""
+    made = Timeline("VRAM in use (test)", **more)
+    made.samples = [Sample(*(*s, None, None)[:5]) for s in samples]
+    made.steps = [Step(i, float(i), loss, 2e-4 / i, 1.0, 100 * i) for i, loss in enumerate(losses, 1)]
     return made
 
 
-TWO_SAMPLES = sampler([(0.0, 1.0, 0.5), (1.0, 3.0, 2.0), (2.0, 2.0, 1.5)], [(0.0, "load"), (1.0, "train")], 15.0)
+THREE = [(0.0, "load", 1.0, 0.4, 0.5), (1.0, "forward", 3.0, 1.8, 2.0), (2.0, "backward", 2.0, 1.0, 1.5)]
+WATCHED = timeline(THREE, [2.0, 1.0, 0.5], limit_gib=15.0, planned_gib=2.5)
+PLANNED, SEEN = {"load": 1.0, "loss": 2.0, "backward": 3.0}, {"load": 1.1, "loss": 1.9}
 
 
 def size(picture) -> tuple[int, int]:
@@ -28,69 +33,146 @@ def size(picture) -> tuple[int, int]:
     return struct.unpack(">II", picture.png[16:24])
 
 
+def drawn(draw, *args):
+    """What `draw` put on its axes."""
+    axes = Figure(layout="constrained").subplots()
+    draw(axes, *args)
+    return axes
+
+
+def legend(axes) -> dict[str, str]:
+    """Color by name."""
+    made = axes.get_legend()
+    return {
+        text.get_text(): to_hex(line.get_color()) for text, line in zip(made.get_texts(), made.get_lines(), strict=True)
+    }
+
+
+def levels(axes) -> dict[float, str]:
+    """Heights of horizontal lines across the whole picture, and their colors."""
+    lines = (line for line in axes.get_lines() if list(line.get_xdata()) == [0, 1])
+    return {line.get_ydata()[0]: to_hex(line.get_color()) for line in lines}
+
+
 @pytest.mark.parametrize(
     "picture",
     [
-        plots.loss_picture([1, 2, 3], [2.0, 1.0, 0.5]),
-        plots.loss_picture([], []),
-        plots.loss_picture([1, 2], [float("nan"), float("inf")]),
-        plots.memory_picture(TWO_SAMPLES),
-        plots.memory_picture(sampler()),
-        plots.memory_picture(sampler([(0.0, 1.0, None)], [(0.0, "load")])),
-        plots.live_picture(TWO_SAMPLES, [1], [2.0], "step 1 of 3"),
-        plots.live_picture(sampler(), [], [], "step 0 of 3"),
+        lambda: plots.loss_picture(WATCHED),
+        lambda: plots.loss_picture(timeline()),
+        lambda: plots.loss_picture(timeline(losses=[1.0])),
+        lambda: plots.loss_picture(timeline(losses=[float("nan"), float("inf")])),
+        lambda: plots.memory_picture(WATCHED),
+        lambda: plots.memory_picture(timeline()),
+        lambda: plots.memory_picture(timeline([(0.0, "load", 1.0)])),
+        lambda: plots.memory_picture(timeline([(0.0, "load", 0.0)])),
+        lambda: plots.memory_picture(timeline([(0.0, "a phase of tomorrow", 1.0), (1.0, "load", 1.0)])),
+        lambda: plots.live_picture(WATCHED, "step 1 of 3"),
+        lambda: plots.live_picture(timeline(), "step 0 of 3"),
+        lambda: plots.peaks_picture(PLANNED, SEEN, 14.0),
+        lambda: plots.peaks_picture(PLANNED, {}, None),
     ],
 )
 def test_every_picture_is_a_png_that_fits_a_notebook(picture, tmp_path):
-    width, height = size(picture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = picture()
+    width, height = size(made)
     assert 500 < width < 1200
     assert 200 < height < 500
-    assert picture._repr_png_() == picture.png
-    picture.save(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes() == picture.png
+    assert made._repr_png_() == made.png
+    made.save(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes() == made.png
 
 
 def test_the_loss_in_words():
-    assert repr(plots.loss_picture([1, 2, 3], [2.0, 1.0, 0.5])) == "Loss: 2.000 at step 1, 0.500 at step 3"
-    assert repr(plots.loss_picture([], [])) == "Loss: no step yet"
+    words = "Loss: 2.000 at step 1, 0.500 at step 3; learning rate 6.7e-05"
+    assert repr(plots.loss_picture(WATCHED)) == words
+    assert repr(plots.loss_picture(timeline())) == "Loss: no step yet"
+    assert "nan at step 2" in repr(plots.loss_picture(timeline(losses=[1.0, math.nan])))
 
 
 def test_the_memory_in_words():
-    words = repr(plots.memory_picture(TWO_SAMPLES))
-    assert words == "VRAM in use (test): 2.00 GiB now, 3.00 GiB at most of 15.0 GiB"
-    assert repr(plots.memory_picture(sampler())) == "VRAM in use (test): no sample yet"
-    gone = sampler([(0.0, 1.0, None)], missing="no more samples after 1 s: OSError: gone")
-    assert "no more samples after 1 s" in repr(plots.memory_picture(gone))
+    words = "VRAM in use (test): 2.00 GiB now, 3.00 GiB at most of 15.0 GiB; planned for torch: 2.50"
+    assert repr(plots.memory_picture(WATCHED)) == words
+    assert repr(plots.memory_picture(timeline())) == "VRAM in use (test): no sample yet"
+    host = plots.memory_picture(timeline([(0.0, "load", 1.0)]))
+    assert repr(host) == "VRAM in use (test): 1.00 GiB now, 1.00 GiB at most"
+    gone = timeline(THREE, missing="NVML stopped answering after 1 s", peaks_gib={"load": 0.5, "loss": 1.25})
+    words = repr(plots.memory_picture(gone))
+    assert words.endswith("; tensors at most: load 0.50, loss 1.25 (NVML stopped answering after 1 s)")
 
 
 def test_the_live_picture_says_all_of_it():
-    words = repr(plots.live_picture(TWO_SAMPLES, [1], [2.0], "step 1 of 3, 0:10 left"))
-    for part in ("step 1 of 3, 0:10 left", "3.00 GiB at most", "Loss: 2.000 at step 1"):
+    words = repr(plots.live_picture(WATCHED, "step 1 of 3, 0:10 left"))
+    for part in ("step 1 of 3, 0:10 left", "3.00 GiB at most", "planned for torch: 2.50", "Loss: 2.000 at step 1"):
         assert part in words
 
 
-@pytest.mark.parametrize("columns", [1, 2])
-def test_names_of_phases_never_run_into_each_other(columns):
-    samples = [(second, 1.0, None) for second in range(101)]
-    shown = set()
-    for length in (1, 3, 5, 7, 9, 12, 20, 30):
-        phases = [
-            (0, "load"),
-            (20, "score"),
-            (20 + length, "train"),
-            (100 - length, "score"),
-            (100 - length / 2, "save"),
-        ]
-        figure = Figure(figsize=(5 + 5 * (columns - 1), 2.8), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, columns, squeeze=False)[0][0]
-        plots._draw_memory(axes, sampler(samples, phases))
-        figure.draw_without_rendering()
-        boxes = sorted((text.get_window_extent().extents[[0, 2]] for text in axes.texts), key=lambda ends: ends[0])
-        assert all(before[1] < after[0] for before, after in itertools.pairwise(boxes)), length
-        assert boxes[-1][1] <= axes.get_window_extent().x1
-        shown |= {text.get_text().strip() for text in axes.texts}
-    assert shown == {"load", "score", "train", "save"}
+def test_peaks_in_words():
+    words = repr(plots.peaks_picture(PLANNED, SEEN, 14.0))
+    assert words == (
+        "Allocated at most, GiB: load 1.00 planned, 1.10 measured; loss 2.00 planned, 1.90 measured; "
+        "backward 3.00 planned, 0.00 measured"
+    )
+
+
+def test_memory_is_coloured_by_what_the_run_did():
+    axes = drawn(plots._draw_memory, WATCHED)
+    [curve] = axes.collections
+    assert [to_hex(color) for color in curve.get_colors()] == [plots.PHASES["forward"], plots.PHASES["backward"]]
+    assert [[*map(tuple, piece)] for piece in curve.get_segments()] == [[(0, 1), (1, 3)], [(1, 3), (2, 2)]]
+    names = legend(axes)
+    assert {name: names[name] for name in ("load", "forward", "backward")} == {
+        name: plots.PHASES[name] for name in ("load", "forward", "backward")
+    }
+
+
+def test_every_phase_of_a_run_has_a_colour():
+    from llamanb.memory import SEEN as PARTS
+
+    assert {"import", "load", "score", "save", *PARTS} <= plots.PHASES.keys()
+    apart = [color for name, color in plots.PHASES.items() if name not in ("import", "save")]
+    assert len(set(apart)) == len(apart)
+
+
+def test_lines_of_plan_and_limit_are_there():
+    axes = drawn(plots._draw_memory, WATCHED)
+    assert levels(axes) == {2.5: plots.PLANNED, 15.0: plots.LIMIT}
+    names = legend(axes)
+    assert names["planned for torch"] == plots.PLANNED
+    assert names["all there is"] == plots.LIMIT
+    assert names["reserved by torch"] == plots.TORCH
+    assert axes.get_ylim()[1] > 15.0
+
+
+def test_without_a_gpu_no_line_is_drawn_that_means_nothing():
+    axes = drawn(plots._draw_memory, timeline([(0.0, "load", 1.0), (1.0, "forward", 2.0)]))
+    assert levels(axes) == {}
+    assert set(legend(axes)) == {"load", "forward"}
+
+
+def test_a_plan_that_was_exceeded_is_still_in_the_picture():
+    axes = drawn(plots._draw_memory, timeline(THREE, planned_gib=20.0))
+    assert axes.get_ylim()[1] > 20.0
+
+
+def test_of_many_samples_few_points_are_drawn_and_the_highest_is_one():
+    samples = [(i / 10, "forward", 1.0 + i % 7 / 10, 0.5, 0.75) for i in range(100_000)]
+    samples[54_321] = (5432.1, "loss", 9.0, 8.0, 8.5)
+    axes = drawn(plots._draw_memory, timeline(samples))
+    [curve] = axes.collections
+    points = [tuple(point) for piece in curve.get_segments() for point in piece]
+    assert len(set(points)) <= plots.MOST_POINTS
+    assert (5432.1, 9.0) in points
+    for line in axes.get_lines():
+        assert len(line.get_xdata()) <= plots.MOST_POINTS
+    assert max(max(line.get_ydata()) for line in axes.get_lines()) == 8.5
+    assert "9.00 GiB at most" in repr(plots.memory_picture(timeline(samples)))
+
+
+def test_of_many_steps_few_points_are_drawn():
+    axes = drawn(plots._draw_loss, timeline(losses=[1.0 + i % 3 for i in range(100_000)]))
+    assert all(len(line.get_xdata()) <= plots.MOST_POINTS for one in axes.figure.axes for line in one.get_lines())
 
 
 def test_thinning_keeps_the_peak_the_order_and_few_points():
@@ -109,26 +191,38 @@ def test_few_points_stay_as_they_are():
     assert plots._thinned([], []) == ([], [])
 
 
+def test_a_loss_that_is_not_a_number_hides_no_other():
+    y = [math.nan if i % 4 == 0 else 1.0 for i in range(10_000)]
+    y[5_001] = 7.0
+    assert 7.0 in plots._thinned(range(10_000), y)[1]
+
+
+def test_peaks_stand_beside_each_other_under_the_limit():
+    figures = []
+
+    class Kept(plots.Picture):
+        def __init__(self, figure, words):
+            figures.append(figure)
+            super().__init__(figure, words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "Picture", Kept)
+        plots.peaks_picture(PLANNED, SEEN, 14.0)
+    [axes] = figures[0].axes
+    bars = {
+        (round(bar.get_y() + bar.get_height() / 2, 1), to_hex(bar.get_facecolor())): bar.get_width()
+        for bar in axes.patches
+    }
+    assert bars[(-0.2, plots.PLANNED)] == 1.0
+    assert bars[(0.2, plots.MEMORY)] == 1.1
+    assert bars[(1.8, plots.PLANNED)] == 3.0
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["load", "loss", "backward"]
+    assert [list(line.get_xdata()) for line in axes.get_lines()] == [[14.0, 14.0]]
+    assert legend(axes) == {"planned": plots.PLANNED, "measured": plots.MEMORY, "all there is": plots.LIMIT}
+
+
 def test_pyplot_and_its_global_state_are_never_loaded():
-    draw = "from llamanb import plots; plots.loss_picture([1], [1.0])"
+    draw = "from llamanb import plots, timeline; plots.loss_picture(timeline.Timeline('test'))"
     code = f"import sys; {draw}; print('matplotlib.pyplot' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
-
-
-@pytest.mark.parametrize("lengths", [[5], [70] * 9, [*range(1, 300), 9000], []])
-def test_lengths_are_counted_on_both_sides_of_the_limit(lengths):
-    picture = plots.lengths_picture(lengths, 128)
-    assert size(picture)[0] > 500
-    over = sum(length > 128 for length in lengths)
-    assert repr(picture) == "no rows" if not lengths else repr(picture).endswith(f"; {over} over max_length = 128")
-
-
-def test_lengths_in_words_and_in_bars():
-    lengths = [100, 128, 129, 3000]
-    axes = Figure().subplots()
-    words = plots._draw_lengths(axes, lengths, 128)
-    assert words == "4 rows of 100 to 3,000 tokens, the middle one 129; 2 over max_length = 128"
-    assert {line.get_xdata()[0] for line in axes.lines} == {128}
-    within = sum(bar.get_height() for bar in axes.patches if bar.get_x() < 128)
-    assert (within, sum(bar.get_height() for bar in axes.patches)) == (2, 4)
