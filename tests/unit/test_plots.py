@@ -17,7 +17,8 @@ from llamanb.timeline import Sample, Step, Timeline
 def timeline(samples=(), losses=(), **more) -> Timeline:
     """`samples` as (time_s, phase, used_gib) or with torch's allocated and reserved; `losses` step by step."""
     made = Timeline("VRAM in use (test)", **more)
-    made.samples = [Sample(*(*s, None, None)[:5]) for s in samples]
+    for sample in samples:
+        made.add(Sample(*(*sample, None, None)[:5]))
     made.steps = [Step(i, float(i), loss, 2e-4 / i, 1.0, 100 * i) for i, loss in enumerate(losses, 1)]
     return made
 

@@ -60,7 +60,8 @@ def written(folder, *, samples=(), steps=(), **facts) -> Timeline:
 def test_what_is_written_part_by_part_is_read_as_a_whole(tmp_path, facts, parts):
     made = Timeline(**facts)
     for more_samples, more_steps in parts:
-        made.samples += more_samples
+        for one in more_samples:
+            made.add(one)
         made.steps += more_steps
         made.write(tmp_path)
     made.write(tmp_path)  # nothing new
@@ -85,7 +86,7 @@ def test_files_are_for_other_programs_too(tmp_path):
 def test_what_was_written_is_not_written_again(tmp_path):
     made = written(tmp_path, samples=[sample(0.1)])
     before = (tmp_path / MEMORY).read_bytes()
-    made.samples.append(sample(0.2))
+    made.add(sample(0.2))
     made.write(tmp_path)
     after = (tmp_path / MEMORY).read_bytes()
     assert after.startswith(before)
@@ -110,11 +111,12 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path, data):
 
 def test_a_run_that_died_half_way_is_read_as_far_as_it_was_written(tmp_path):
     made = written(tmp_path, samples=[sample(0.0, phase="load")], planned_gib=3.0)
-    made.samples += [sample(1.0, 2.5), sample(2.0, 2.0, "loss")]
+    made.add(sample(1.0, 2.5))
+    made.add(sample(2.0, 2.0, "loss"))
     made.steps.append(step(1))
     made.peaks_gib["load"] = 1.5
     made.write(tmp_path)
-    made.samples.append(sample(3.0, 9.0))  # and then it died
+    made.add(sample(3.0, 9.0))  # and then it died
     again = Timeline.read(tmp_path)
     assert [s.time_s for s in again.samples] == [0.0, 1.0, 2.0]
     assert again.peak_gib == 2.5
