@@ -14,6 +14,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from llamanb.html import visible
 from llamanb.timeline import Timeline
 
 INK = "#7a7a7a"
@@ -42,7 +43,7 @@ class Picture:
         self.png, self.words = buffer.getvalue(), words
 
     def __repr__(self) -> str:
-        return self.words
+        return visible(self.words)
 
     def _repr_png_(self) -> bytes:
         return self.png
@@ -83,8 +84,10 @@ def peaks_picture(planned_gib: Mapping[str, float], seen_gib: Mapping[str, float
         for offset, sizes, color in ((-0.2, planned_gib, PLANNED), (0.2, seen_gib, MEMORY)):
             size = sizes.get(part, 0.0)
             axes.barh(at + offset, size, height=0.36, color=color)
-            beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(f"{size:.2f}", (size, at + offset), color=INK, fontsize=8, **beside)
+            inside = size > 0.2 * max(planned_gib.values())  # where no line crosses the number
+            place = {"xytext": (-3 if inside else 3, 0), "ha": "right" if inside else "left", "va": "center"}
+            style = {"color": "white" if inside else INK, "fontsize": 8, "textcoords": "offset points"}
+            axes.annotate(f"{size:.2f}", (size, at + offset), **place, **style)
     axes.set_yticks(range(len(planned_gib)), list(planned_gib))
     axes.invert_yaxis()
     if limit_gib:

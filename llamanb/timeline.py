@@ -63,6 +63,8 @@ class Timeline:
 
     def __post_init__(self):
         self._begin_s = time.monotonic()
+        self.peak_gib = max((sample.used_gib for sample in self.samples), default=0.0)
+        """Most memory in use at any look, every process counted."""
         self._written: dict[str, int] = {}
 
     @property
@@ -70,10 +72,9 @@ class Timeline:
         """Seconds since the run began."""
         return time.monotonic() - self._begin_s
 
-    @property
-    def peak_gib(self) -> float:
-        """Most memory in use at any look, every process counted."""
-        return max((sample.used_gib for sample in list(self.samples)), default=0.0)
+    def add(self, sample: Sample) -> None:
+        self.samples.append(sample)
+        self.peak_gib = max(self.peak_gib, sample.used_gib)
 
     @property
     def phases(self) -> list[str]:
@@ -111,7 +112,7 @@ class Timeline:
         """The timeline of a run's folder; a last line that was cut off is left out. Raises OSError and ValueError."""
         made = cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
         for time_s, phase, *numbers in _rows(folder / MEMORY, len(Sample._fields)):
-            made.samples.append(Sample(float(time_s), phase, *(float(n) if n else None for n in numbers)))
+            made.add(Sample(float(time_s), phase, *(float(n) if n else None for n in numbers)))
         for step, *numbers, tokens in _rows(folder / METRICS, len(Step._fields)):
             made.steps.append(Step(int(step), *map(float, numbers), int(tokens)))
         made.phase = "over"

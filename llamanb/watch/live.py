@@ -16,8 +16,8 @@ from llamanb.plots import live_picture
 from llamanb.timeline import Step, Timeline
 
 DRAWING_SHARE = 0.01
-FREE_FRAMES = 6
-"""Pictures that every run gets before that share is counted, so that a run of one minute is seen to move too."""
+FREE_FRAMES = 3
+"""Pictures that every run gets, whatever their share, so that a run of half a minute is seen to move too."""
 APART = 10
 """Times its own drawing time that a picture stays before the next."""
 WORDS_S = 1.0
@@ -34,14 +34,13 @@ class LiveView(TrainerCallback):
     def __init__(self, timeline: Timeline, folder: Path):
         self.timeline, self._folder = timeline, folder
         self._picture = self._bar = None
-        self._frames, self._counted_s = 0, 0.0
-        self._frame_s = 0.3  # a guess, until the second one: the first also warms matplotlib up
+        self._frames, self._drawing_s = 0, 0.0
+        self._frame_s = 0.2  # a guess, until the second one: the first also warms matplotlib up
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start_s = self._last_draw_s = self._last_words_s = self._last_write_s = time.monotonic()
         self._bar, self._picture = _display_handle(), _display_handle()
         self._say(state, self._status(state))
-        self._draw(f"step 0 of {state.max_steps}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
@@ -60,7 +59,7 @@ class LiveView(TrainerCallback):
             self._last_write_s = now
         allowed = DRAWING_SHARE * (now - self._start_s)
         due = now - self._last_draw_s > APART * self._frame_s
-        if due and (self._frames < FREE_FRAMES or self._counted_s + self._frame_s < allowed):
+        if due and (self._frames < FREE_FRAMES or self._drawing_s + self._frame_s < allowed):
             self._draw(status)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -93,10 +92,10 @@ class LiveView(TrainerCallback):
         begin = time.monotonic()
         self._picture.update(live_picture(self.timeline, status))
         self._last_draw_s = time.monotonic()
+        took_s = self._last_draw_s - begin
         if self._frames:
-            self._frame_s = self._last_draw_s - begin
-        if self._frames >= FREE_FRAMES:
-            self._counted_s += self._frame_s
+            self._frame_s = took_s
+        self._drawing_s += took_s
         self._frames += 1
 
 

@@ -104,7 +104,7 @@ class MemorySampler:
                 lost_words = f"{lost.words} stopped answering after {timeline.time_s:.0f} s ({why}){then}"
                 timeline.missing = f"{timeline.missing}. {lost_words}" if timeline.missing else lost_words
                 continue
-            timeline.samples.append(sample)
+            timeline.add(sample)
             self._stop.wait(INTERVAL_S)
 
     def __enter__(self) -> MemorySampler:

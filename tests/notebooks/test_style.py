@@ -145,7 +145,7 @@ def test_badge_setup_cell_and_model_card_carry_the_one_address(notebook):
     from llamanb.planner import plan
     from llamanb.recipe import Recipe
 
-    recipe = Recipe()
+    recipe = Recipe(max_length=128)
     card = _model_card(recipe, plan(recipe), "")
     wanted = REPOSITORY.removeprefix("https://")
     for text in (source(notebook.cells[0]).replace("com/github/", "github.com/"), notebook.tagged("setup"), card):
