@@ -170,8 +170,8 @@ def test_trials_as_predicted_change_nothing():
 def test_what_was_missed_is_carried_to_the_depth_of_the_plan(wanted):
     """A constant, and something of each layer, another for each part of the step."""
     made, work = planned(ONE, rows=2, checkpointing=wanted)
-    constant = {"load": 0, "forward": 50 * MIB, "backward": -20 * MIB, "optimizer step": 3 * MIB}
-    each = {"load": 0, "forward": 2 * MIB, "backward": 5 * MIB, "optimizer step": -MIB}
+    constant = {"load": 0, "forward": 50 * MIB, "loss": 9 * MIB, "backward": -20 * MIB, "optimizer step": 3 * MIB}
+    each = {"load": 0, "forward": 2 * MIB, "loss": 3 * MIB, "backward": 5 * MIB, "optimizer step": -MIB}
     trials = [trial(work, layers, constant=constant, each=each) for layers in layouts(made, work)]
     before, after = predict(work), rehearsal._corrected(made, work, trials).memory
     for part, instants in SEEN.items():
@@ -349,9 +349,10 @@ def test_rows_are_full_and_need_a_mask():
 @pytest.fixture
 def counters(monkeypatch):
     """torch's counters of a GPU that holds 1000 bytes of others, at most 5000 allocated and 9000 reserved."""
-    said = {"memory_allocated": 1000, "max_memory_allocated": 5000, "max_memory_reserved": 9000}
-    for name, size in {**said, "memory_reserved": 1000}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *args, size=size: size)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *args: 1000)
+    peaks = {"allocated_bytes": 5000, "reserved_bytes": 9000}
+    stats = {name: {"all": {"peak": peak}} for name, peak in peaks.items()}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda *args: stats)
     for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     monkeypatch.setattr(rehearsal, "_make_workspaces", lambda torch: None)
