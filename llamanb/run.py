@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamanb import plots
-from llamanb.errors import RecipeError
+from llamanb.errors import LlamanbError, RecipeError
 from llamanb.evaluate import Comparison, Scores
 from llamanb.html import Table, image, join, visible
 from llamanb.layout import GIB, Plan
+from llamanb.nvml import first_line
 from llamanb.plots import Picture
 from llamanb.timeline import Timeline
 
@@ -58,10 +59,10 @@ class Run:
             plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             return cls(folder, plan, Timeline.read(folder), _scores(folder / "scores.json"), **facts)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, LlamanbError) as error:
             raise RecipeError(
                 f"{folder} holds no run that can be shown",
-                f"{type(error).__name__}: {error}",
+                f"{type(error).__name__}: {first_line(error)}",
                 "give the folder that train() printed, such as runs/quickstart",
             ) from None
 
@@ -120,7 +121,8 @@ class Run:
 
     def __str__(self) -> str:
         steps = self.timeline.steps
-        text = f"{steps[-1].step if steps else 0} steps in {self.train_s:.0f} s, at most {self.peak_gib:.2f} GiB"
+        took = f" in {self.train_s:.0f} s" if self.train_s else ""  # only a training that came to its end has it
+        text = f"{steps[-1].step if steps else 0} steps{took}, at most {self.peak_gib:.2f} GiB"
         ended = "" if self.status == FINISHED else f" ({self.status})"
         return visible(f"{text}{ended}; in {self.folder}")
 
