@@ -81,8 +81,7 @@ class Scene:
         bucket = _culprit(plan, phase, held, planned)
         grown = held.get(bucket, 0) - planned.get(bucket, 0)
         room = _room()
-        missed = max(0, sum(held.values()) - held[OTHERS] - held[CONTEXT] - sum(planned.values()))
-        changes = self._changes(held, room, missed if bucket not in (EARLIER, OTHERS) else 0)
+        changes = self._changes(held, room, 1.0 if bucket in (EARLIER, OTHERS) else _underrated(held, planned))
         what = f"out of memory in the phase {phase!r}, on {bucket}"
         why = f"{asked / GIB:.2f} GiB more were asked for. " if asked else ""
         why += f"{bucket}: {held.get(bucket, 0) / GIB:.2f} GiB, {max(0, planned.get(bucket, 0)) / GIB:.2f} planned"
@@ -110,10 +109,10 @@ class Scene:
         others = max(0, total - free - reserved - context) if whole else 0
         return held | {EARLIER: self._earlier, GAPS: reserved - allocated, CONTEXT: context, OTHERS: others}
 
-    def _changes(self, held: dict[str, int], room: int, missed: int) -> Table:
-        """What would fit into `room` bytes, if the plan is wrong by `missed` again."""
+    def _changes(self, held: dict[str, int], room: int, underrated: float) -> Table:
+        """What would fit into `room` bytes, if the plan is wrong by that factor again."""
         plan, model = self.plan, architecture(self.plan.recipe.model, self.plan.recipe.revision)
-        left = replace(plan.card, free_gib=(room - held[EARLIER] - missed) / GIB)
+        left = replace(plan.card, free_gib=(room - held[EARLIER]) / underrated / GIB)
         found = changes_that_fit(plan.recipe, left, model)
         for bucket, words in ((OTHERS, "end them: 00_check_gpu lists them"), (EARLIER, "restart the kernel")):
             if held[bucket] > 0.02 * (room + held[OTHERS]) and plan.needs_gib * GIB <= room + held[OTHERS]:
@@ -153,6 +152,12 @@ def _planned(plan: Plan, phase: str) -> dict[str, int]:
     found[GAPS] = plan.memory.gaps
     found[OTHERS] = round(max(0.0, card.vram_gib - card.free_gib - (card.context_gib or 0)) * GIB)
     return found
+
+
+def _underrated(held: dict[str, int], planned: dict[str, int]) -> float:
+    """How many times the plan's memory the training took."""
+    took = sum(size for name, size in held.items() if name not in (OTHERS, CONTEXT, EARLIER))
+    return max(1.0, took / sum(size for name, size in planned.items() if name != OTHERS))
 
 
 def _culprit(plan: Plan, phase: str, held: dict[str, int], planned: dict[str, int]) -> str:

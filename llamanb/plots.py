@@ -60,7 +60,7 @@ def loss_picture(timeline: Timeline) -> Picture:
 
 
 def memory_picture(timeline: Timeline) -> Picture:
-    """Memory over the whole run, coloured by what the run did."""
+    """Memory over the whole run: what tensors take (without a GPU, what is in use), coloured by what the run did."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     words = _draw_memory(figure.subplots(), timeline)
     return Picture(figure, words)
@@ -92,7 +92,8 @@ def peaks_picture(planned_gib: Mapping[str, float], seen_gib: Mapping[str, float
     axes.invert_yaxis()
     if limit_gib:
         axes.axvline(limit_gib, color=LIMIT, linewidth=1, linestyle="--")
-    _legend(axes, {"planned": (PLANNED, "-"), "measured": (MEMORY, "-"), **_limit_line(limit_gib)})
+    limit = {"limit of the plan": (LIMIT, "--")} if limit_gib else {}
+    _legend(axes, {"planned": (PLANNED, "-"), "measured": (MEMORY, "-"), **limit})
     parts = (f"{part} {planned_gib[part]:.2f} planned, {seen_gib.get(part, 0.0):.2f} measured" for part in planned_gib)
     return Picture(figure, "Allocated at most, GiB: " + "; ".join(parts))
 
@@ -129,21 +130,24 @@ def _draw_memory(axes, timeline: Timeline) -> str:
         return f"{timeline.source}: no sample yet"
     highest = max(sample.used_gib for sample in samples)
     axes.set_title(f"{timeline.source}: at most {highest:.2f} GiB", color=INK, fontsize=9, loc="left")
-    kept = _kept([s.used_gib for s in samples])
-    points = [(samples[i].time_s, samples[i].used_gib) for i in kept]
+    on_gpu = samples[-1].allocated_gib is not None
+    shown = [s.allocated_gib or 0.0 for s in samples] if on_gpu else [s.used_gib for s in samples]
+    kept, lines = _kept(shown), {}
+    if on_gpu:
+        times = [s.time_s for s in samples]
+        axes.plot(*_thinned(times, [s.used_gib for s in samples]), color=INK, linewidth=1)
+        axes.plot(*_thinned(times, [s.reserved_gib or 0.0 for s in samples]), color=TORCH, linewidth=1)
+        lines = {"in use": (INK, "-"), "reserved by torch": (TORCH, "-")}
+    points = [(samples[i].time_s, shown[i]) for i in kept]
     colors = [PHASES.get(samples[i].phase, INK) for i in kept]
-    axes.add_collection(LineCollection([*itertools.pairwise(points)], colors=colors[1:], linewidth=2))
-    lines = {name: (PHASES.get(name, INK), "-") for name in timeline.phases}
-    if samples[-1].reserved_gib is not None:
-        held = [s.reserved_gib or 0.0 for s in samples]
-        axes.plot(*_thinned([s.time_s for s in samples], held), color=TORCH, linewidth=1)
-        lines["reserved by torch"] = (TORCH, "-")
+    axes.add_collection(LineCollection([*itertools.pairwise(points)], colors=colors[1:], linewidth=1.5))
+    lines |= {name: (PHASES.get(name, INK), "-") for name in timeline.phases}
     if timeline.planned_gib:
         axes.axhline(timeline.planned_gib, color=PLANNED, linewidth=1, linestyle="--")
         lines["planned for torch"] = (PLANNED, "--")
     if timeline.limit_gib:
         axes.axhline(timeline.limit_gib, color=LIMIT, linewidth=1, linestyle="--")
-    lines |= _limit_line(timeline.limit_gib)
+        lines["all there is"] = (LIMIT, "--")
     axes.set_xlim(0, max(samples[-1].time_s, 1.0))
     axes.set_ylim(0, 1.08 * max(highest, timeline.limit_gib or 0.0, timeline.planned_gib or 0.0, 0.01))
     _legend(axes, lines)
@@ -153,10 +157,6 @@ def _draw_memory(axes, timeline: Timeline) -> str:
     words += f"; planned for torch: {timeline.planned_gib:.2f}" if timeline.planned_gib else ""
     words += f"; tensors at most: {peaks}" if peaks else ""
     return words + (f" ({timeline.missing})" if timeline.missing else "")
-
-
-def _limit_line(limit_gib: float | None) -> dict[str, tuple[str, str]]:
-    return {"all there is": (LIMIT, "--")} if limit_gib else {}
 
 
 def _legend(axes, lines: Mapping[str, tuple[str, str]]) -> None:
