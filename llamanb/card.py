@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from llamanb.errors import GpuError, RecipeError
 from llamanb.html import Table
+from llamanb.machine import surroundings
 from llamanb.nvml import first_line, nvml_handle, nvml_memory, start_nvml
 from llamanb.trials import DTYPES, KERNELS, Attention, working_attention
 
@@ -136,6 +137,9 @@ class Card:
     """GB/s from pinned host memory to it."""
     launch_us: float | None = None
     """Microseconds that Python and torch take to launch one operation."""
+    pages: bool = True
+    """Whether what paged optimizers keep can leave it for the host's memory. Not on WSL2, which lacks managed memory
+    (NVIDIA's CUDA on WSL guide, Known Limitations)."""
     source: str = ""
     """Where these figures come from."""
 
@@ -182,6 +186,7 @@ class Card:
             GpuError: torch sees a GPU that does not answer (taken by another process, lost, a forked process).
         """
         torch = torch or importlib.import_module("torch")
+        pages = "WSL2" not in surroundings()
         try_attention = try_attention or working_attention
         index, _ = gpu_in_use(torch)
         if index is None:
@@ -194,7 +199,7 @@ class Card:
             capability = (properties.major, properties.minor)
             left = max(free / GIB - KERNELS_LATER_GIB, 0.0)
             workspace = blas_workspace_mib(torch, capability)
-            card = cls(properties.name, capability, total / GIB, left, blas_workspace_mib=workspace)
+            card = cls(properties.name, capability, total / GIB, left, blas_workspace_mib=workspace, pages=pages)
             tried = try_attention(card.dtype, f"cuda:{index}")
         return replace(card, attention=tried.runs(), attention_gqa=tried.runs(gqa=True))
 
@@ -244,6 +249,11 @@ class Card:
         from llamanb.pretend import pretend
 
         return pretend(name, ballast=ballast)
+
+    @property
+    def grouped_kernels(self) -> tuple[str, ...]:
+        """Attention kernels that take grouped heads: those that ran; where none was tried, those of its capability."""
+        return self.attention_gqa or grouped_kernels(self.capability)
 
     @property
     def workspace_mib(self) -> float:
@@ -305,6 +315,12 @@ class Card:
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+
+def grouped_kernels(capability: tuple[int, int]) -> tuple[str, ...]:
+    """Attention kernels that take grouped heads on GPUs of a capability (aten/src/ATen/native/transformers/cuda/
+    sdp_utils.cpp); Ampere brought them, as it did bf16."""
+    return ("flash", "cudnn", "math") if capability >= BF16_CAPABILITY else ("math",)
 
 
 def gpu_in_use(torch: Any = None) -> tuple[int | None, str]:

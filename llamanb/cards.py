@@ -24,7 +24,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from llamanb.card import Card, dotted
+from llamanb.card import Card, dotted, grouped_kernels
 from llamanb.errors import GpuError
 from llamanb.html import Table
 
@@ -148,17 +148,15 @@ ROWS = {
     ),
 }
 
-_FUSED = ("flash", "cudnn", "memory-efficient", "math")
-
 
 def _card(name: str, row: Row) -> Card:
-    modern = row.capability >= (8, 0)
+    grouped = grouped_kernels(row.capability)
     return Card(
         name=name,
         capability=row.capability,
         vram_gib=row.vram_gib,
-        attention=_FUSED if modern else ("memory-efficient", "math"),
-        attention_gqa=("flash", "cudnn", "math") if modern else ("math",),
+        attention=(*grouped[:-1], "memory-efficient", "math"),
+        attention_gqa=grouped,
         context_gib=row.context_gib,
         tflops=round(row.peak_tflops * row.sustained, 1),
         bandwidth_gbs=float(row.bandwidth_gbs),

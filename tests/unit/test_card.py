@@ -170,6 +170,18 @@ def test_a_t4_by_torch_alone():
     assert card.attention_gqa == ("math",)
 
 
+@pytest.mark.parametrize(("place", "pages"), [((), True), (("WSL2",), False), (("Colab",), True)])
+def test_wsl2_pages_nothing_out(place, pages, monkeypatch):
+    monkeypatch.setattr(cards, "surroundings", lambda: place)
+    assert present(FakeTorch()).pages == pages
+
+
+def test_kernels_that_ran_come_before_those_of_the_capability():
+    assert Card("X", (8, 6), 12.0).grouped_kernels == ("flash", "cudnn", "math")
+    assert T4_BY_HAND.grouped_kernels == ("math",)
+    assert Card("X", (8, 6), 12.0, attention_gqa=("math",)).grouped_kernels == ("math",)
+
+
 def test_no_less_than_nothing_is_free():
     assert present(FakeTorch(free=10)).free_gib == 0
 
