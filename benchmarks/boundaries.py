@@ -68,7 +68,7 @@ def cases() -> list[dict]:
                     }
                     case["checkpointing"] = "auto"
                     plan = search(recipe_of(case, name), card, shape, force=True)
-                    if plan.reasons["layers"] != "nothing fits" and 0 < plan.recomputed < shape.layers:
+                    if plan.fits and 0 < plan.recomputed < shape.layers:
                         mixed.append(case)
             edges = source.sample(mixed, min(PER_PAIR, len(mixed)))
             found += [{**case, "edge": "layers", "rehearse": i < 2} for i, case in enumerate(edges)]
@@ -83,7 +83,7 @@ def longest(case: dict, card: Card, model: str) -> Plan:
     while low <= high:
         middle = (low + high) // 2
         plan = search(recipe_of({**case, "length": middle * STEP}, model), card, shape, force=True)
-        if plan.reasons["layers"] != "nothing fits":
+        if plan.fits:
             best, low = plan, middle + 1
         else:
             high = middle - 1

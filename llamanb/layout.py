@@ -84,6 +84,11 @@ class Plan:
         return self.memory.reserved / GIB if self.memory else None
 
     @property
+    def fits(self) -> bool:
+        """Whether that is no more than there is to plan with; a CPU's memory is not planned for."""
+        return not self.memory or self.needs_gib <= self._limit_gib
+
+    @property
     def step_s(self) -> float | None:
         return self.time.step_s if self.time else None
 

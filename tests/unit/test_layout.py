@@ -21,6 +21,13 @@ def made():
     return plan(Recipe(model=EIGHT, steps=100), "RTX 3060")
 
 
+def test_a_plan_fits_where_it_needs_no_more_than_there_is_to_plan_with(made):
+    assert made.fits
+    assert made.replace(limit_gib=made.needs_gib).fits
+    assert not made.replace(limit_gib=made.needs_gib - 0.01).fits
+    assert made.replace(limit_gib=None).fits == (made.needs_gib <= made.card.free_gib)
+
+
 def test_the_table_has_every_choice_with_its_reason(made):
     cells = {row[0]: row[1:] for row in made.table().rows}
     assert list(cells) == [
@@ -70,9 +77,9 @@ def test_all_pieces_are_shown(made):
 
 
 def test_a_plan_for_a_cpu_has_no_predictions():
-    made = plan(Recipe(), Card("CPU", None))
+    made = plan(Recipe(max_length=512), Card("CPU", None))
     assert (made.memory, made.time, made.bar(), made.others()) == (None, None, None, None)
-    assert (made.needs_gib, made.step_s) == (None, None)
+    assert (made.needs_gib, made.step_s, made.fits) == (None, None, True)
     assert made._repr_html_() == made.table()._repr_html_()
     assert "kept for the backward pass" in str(made)
 
