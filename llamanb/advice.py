@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -10,36 +11,45 @@ from llamanb.card import Card
 from llamanb.cards import ROWS
 from llamanb.html import Table
 from llamanb.layout import GIB, Plan
-from llamanb.planner import DoesNotFitError, search, smallest_fits
+from llamanb.planner import GAPS_GUESS, DoesNotFitError, search, smallest_fits
 from llamanb.recipe import Recipe
 
 STEP = 128
 """Tokens between two lengths that are tried."""
 SHORTEST = 128
+TAKEN = 0.05
+"""Share of the card that others hold, from which it is told."""
+CONTEXT_GIB = 0.9
+"""What a process takes of a card beside tensors, at most, where it was not measured (an H200: 0.6, and 0.14 later)."""
 SMALLER = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-1B-Instruct")
 TABLE_MODELS = (*reversed(SMALLER), "meta-llama/Llama-3.3-70B-Instruct")
 TABLE_METHODS = ("qlora-nf4", "qlora-int8", "lora", "full")
 
 
-def does_not_fit(plan: Plan, model: Architecture, limit: float) -> DoesNotFitError:
-    """The error for a plan that needs more than `limit` bytes: what takes them, and what would fit."""
-    memory, card = plan.memory, plan.card
-    changes = changes_that_fit(plan.recipe, card, model)
+def does_not_fit(plan: Plan, model: Architecture, *, rehearsed: bool = False) -> DoesNotFitError:
+    """The error for a plan that does not fit: what takes the memory, and what would fit, as predicted: that is told
+    where the plan itself was `rehearsed`."""
+    memory, card, recipe = plan.memory, plan.card, plan.recipe.replace(max_length=plan.length)
+    changes = changes_that_fit(recipe, card, model)
     bucket = max(memory.buckets, key=memory.buckets.get)
-    what = (
-        f"{plan.recipe.model} ({plan.recipe.method}) needs {plan.needs_gib:.2f} GiB at the least, and {card.name} has "
-    )
-    what += f"{limit / GIB:.2f} to plan with"
+    what = f"{recipe.model} ({recipe.method}) needs {plan.needs_gib:.2f} GiB at the least, and {card.name} has "
+    what += f"{plan.limit_gib:.2f} to plan with"
     why = (
         f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, the largest part of it {bucket}: "
     )
     why += f"{memory.buckets[bucket] / GIB:.2f} GiB"
-    fix = (
-        changes.rows[0][0]
-        if changes.rows
-        else "no single change is enough: take a smaller model and a shorter max_length"
-    )
-    return DoesNotFitError(what, why, str(fix), plan, changes)
+    taken = card.vram_gib - card.free_gib - (card.context_gib or CONTEXT_GIB)
+    if taken > TAKEN * card.vram_gib:
+        why += f"; {taken:.2f} of the card's {card.vram_gib:.2f} GiB were taken before"
+        if whole := fitting(recipe, replace(card, free_gib=card.free_gib + taken), model):
+            change = (
+                f"free the {taken:.2f} GiB that other processes hold (nvidia-smi), or this one's tensors (restart it)"
+            )
+            changes.rows.insert(0, [change, f"{whole.needs_gib:.2f} GiB", "nothing that is learned"])
+    fix = changes.rows[0][0] if changes.rows else "no single change is enough: take a smaller model and shorter rows"
+    if rehearsed and changes.rows:
+        fix += " (what would fit is predicted, not rehearsed)"
+    return DoesNotFitError(what, why, fix, plan, changes)
 
 
 def changes_that_fit(recipe: Recipe, card: Card, model: Architecture) -> Table:
@@ -96,24 +106,31 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
 
 def fitting(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
     """A plan that fits, or None; None too for a checkpoint that is stored in another precision than the method's."""
-    if model.quantization not in (None, recipe.quantization):
+    if model.quantization not in (None, recipe.quantization) or not smallest_fits(recipe, card, model, gaps=0):
         return None
-    model = replace(model, max_positions=max(model.max_positions, recipe.max_length))
     made = search(recipe, card, model, force=True)
-    return None if made.reasons["layers"] == "nothing fits" else made
+    return made if made.fits else None
 
 
 def _longest(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
-    """The plan for the longest rows that fit, in multiples of STEP."""
-    best, low, high = None, 1, recipe.max_length // STEP
-    while low <= high:
-        middle = (low + high) // 2
-        made = fitting(recipe.replace(max_length=middle * STEP), card, model)
-        if made:
-            best, low = made, middle + 1
-        else:
-            high = middle - 1
-    return best
+    """The plan for shorter rows than the recipe's, in multiples of STEP: the longest that fit, or nearly so, since it
+    takes gaps to be the same share of the memory as where rows were last too long."""
+    gaps, steps = 0.0, (recipe.max_length - 1) // STEP
+    while steps := _most(steps, recipe, card, model, gaps):
+        made = search(recipe.replace(max_length=steps * STEP), card, model, force=True)
+        if made.fits:
+            return made
+        gaps, steps = made.memory.gaps / made.memory.allocated, steps - 1
+    return None
+
+
+def _most(steps: int, recipe: Recipe, card: Card, model: Architecture, gaps: float = GAPS_GUESS) -> int:
+    """How many times STEP the longest rows are that seem to fit with such gaps, `steps` at most."""
+
+    def too_long(steps: int) -> bool:
+        return not smallest_fits(recipe.replace(max_length=steps * STEP), card, model, gaps)
+
+    return bisect_left(range(steps + 1), True, 1, key=too_long) - 1
 
 
 def _first(recipes: Iterable[Recipe], card: Card, model: Architecture) -> Plan | None:
@@ -130,6 +147,7 @@ def _smaller_model(recipe: Recipe, card: Card, model: Architecture) -> Plan | No
 def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
     larger = (Card.known(name) for name in sorted(ROWS, key=lambda name: ROWS[name].vram_gib))
     larger = (one for one in larger if one.vram_gib > card.vram_gib and one.runs_default_torch)
+    larger = (one for one in larger if recipe.precision != "bf16" or one.dtype == "bf16")
     return next((made for one in larger if (made := fitting(recipe, one, model))), None)
 
 
@@ -153,12 +171,5 @@ def trainable(card: Card | str | None = None) -> Table:
 
 def _reach(model: Architecture, method: str, card: Card) -> int:
     """Longest row that fits with every layer recomputed and one row at a time; gaps are guessed, not replayed."""
-    recipe = Recipe(model=model.name, method=method, effective_batch_size=1)
-    low, high = 0, model.max_positions // STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        if smallest_fits(recipe.replace(max_length=middle * STEP), card, model):
-            low = middle
-        else:
-            high = middle - 1
-    return low * STEP
+    recipe = Recipe(model=model.name, method=method, effective_batch_size=1, checkpointing="all")
+    return STEP * _most(model.max_positions // STEP, recipe, card, model)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import math
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from llamanb.architecture import Architecture, architecture, require_method
@@ -16,7 +18,7 @@ from llamanb.card import Card
 from llamanb.errors import LlamanbError, RecipeError
 from llamanb.html import Table
 from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
-from llamanb.memory import Memory, outline, predict, replayed
+from llamanb.memory import Memory, outline, predict
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime, step_time
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
@@ -42,6 +44,8 @@ MOST_TRIED = 6
 """Micro-batches that are looked at, spread over the divisors of the effective batch."""
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU."""
+AS_ASKED = {"none": STORED, "all": CHECKPOINTED, "offloaded": OFFLOADED}
+"""What becomes of each layer, by a recipe's `checkpointing`; `auto` chooses layer by layer."""
 
 
 class DoesNotFitError(LlamanbError):
@@ -74,7 +78,7 @@ def plan(recipe: Recipe, card: Card | str | None = None, data=None, *, force: bo
         recipe: what to train.
         card: a Card, the name of a known one ("T4"), or None: the GPU or CPU of this machine.
         data: what `load_data(recipe)` gave; the plan is then made for its longest row and counts its steps.
-        force: return the plan that comes closest where none is predicted to fit.
+        force: return the plan that comes closest where none is predicted to fit, however long the rows.
 
     Raises:
         DoesNotFitError: with the smallest changes that would fit.
@@ -83,32 +87,27 @@ def plan(recipe: Recipe, card: Card | str | None = None, data=None, *, force: bo
         ModelError: no such model, or one that is no Llama.
     """
     card = Card.known(card) if isinstance(card, str) else card or Card.here()
-    if not card.is_gpu:
-        return _plan_on_cpu(recipe, card, data)
     model = architecture(recipe.model, recipe.revision)
     require_method(model, recipe)
-    return search(recipe, card, model, data=data, force=force)
-
-
-def search(
-    recipe: Recipe, card: Card, model: Architecture, *, data=None, force: bool = False, margin: float | None = None
-) -> Plan:
-    """`plan` for a model whose shape is known; `margin` is the share of the card to leave free."""
-    dtype, why_dtype = card.choose_precision(recipe.precision)
-    length = max((len(row.input_ids) for row in data.train), default=8) if data else recipe.max_length
-    if length > model.max_positions:
+    if _length(recipe, data) > model.max_positions and not force:
         raise RecipeError(
             f"max_length = {recipe.max_length}", f"{model.name} has {model.max_positions} positions", "set it lower"
         )
+    if not card.is_gpu:
+        return _plan_on_cpu(recipe, card, model, data)
+    return search(recipe, card, model, data=data, force=force)
+
+
+def search(recipe: Recipe, card: Card, model: Architecture, *, data=None, force: bool = False) -> Plan:
+    """`plan` for a GPU and a model whose shape is known."""
+    dtype, why_dtype = card.choose_precision(recipe.precision)
+    length = _length(recipe, data)
     attention, kernel, why_attention = _attention(card, dtype)
     optimizer, why_optimizer = _optimizer(recipe, card)
     base = workload(recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=length)
-    margin = MARGIN if margin is None and _as_measured() else MARGIN_ELSEWHERE if margin is None else margin
-    limit = card.free_gib * GIB * (1 - margin - (MARGIN_DORA if recipe.dora else 0))
-
+    limit = _limit(recipe, card)
     timed = replace(card, tflops=None) if recipe.dora else card  # fp32 in the plan's memory, not in its arithmetic
     best, others = _fastest(recipe, timed, base, limit)
-    fits = best.memory.reserved <= limit  # else what comes closest
     rows = best.work.rows
     made = Plan(
         recipe=recipe,
@@ -122,8 +121,8 @@ def search(
         optimizer=optimizer,
         reasons={
             "dtype": why_dtype,
-            "micro_batch_size": "as asked" if recipe.micro_batch_size else _why_rows(best, others),
-            "layers": _why_layers(recipe, best, limit) if fits else "nothing fits",
+            "micro_batch_size": "as asked" if recipe.micro_batch_size else "the fastest divisor of the effective batch",
+            "layers": _why_layers(recipe, best, limit),
             "attention": why_attention,
             "optimizer": why_optimizer,
         },
@@ -135,21 +134,26 @@ def search(
         steps=_steps(recipe, data),
         basis=_basis(recipe),
     )
-    if not fits and not force:
+    if not made.fits and not force:
         from llamanb.advice import does_not_fit
 
-        raise does_not_fit(made, model, limit)
+        raise does_not_fit(made, model)
     return made
 
 
-def smallest_fits(recipe: Recipe, card: Card, model: Architecture) -> bool:
-    """Whether one row at a time fits with every layer recomputed; a quick answer, gaps guessed."""
+def smallest_fits(recipe: Recipe, card: Card, model: Architecture, gaps: float = GAPS_GUESS) -> bool:
+    """Whether the smallest layout fits; a quick answer, with gaps as a share of the rest. With none a no is sure."""
     dtype, _ = card.choose_precision(recipe.precision)
     _, kernel, _ = _attention(card, dtype)
     optimizer, _ = _optimizer(recipe, card)
-    work = workload(recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length)
-    margin = MARGIN if _as_measured() else MARGIN_ELSEWHERE
-    return _guess(work).reserved <= card.free_gib * GIB * (1 - margin)
+    base = workload(recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length)
+    return outline(_smallest(recipe, base)).allocated * (1 + gaps) <= _limit(recipe, card)
+
+
+def _limit(recipe: Recipe, card: Card) -> float:
+    """Bytes of the card to plan with."""
+    margin = (MARGIN_ELSEWHERE if _other_versions() else MARGIN) + (MARGIN_DORA if recipe.dora else 0)
+    return card.free_gib * GIB * (1 - margin)
 
 
 def workload(
@@ -164,12 +168,12 @@ def workload(
     rows: int = 1,
     layers: tuple[str, ...] | None = None,
 ) -> Workload:
-    """What a recipe's memory depends on; all layers checkpointed where `layers` is not given."""
+    """What a recipe's memory depends on; without `layers` all are as the recipe asks, or checkpointed."""
     return Workload(
         model=model,
         rows=rows,
         length=length,
-        layers=layers or (CHECKPOINTED,) * model.layers,
+        layers=layers or (AS_ASKED.get(recipe.checkpointing, CHECKPOINTED),) * model.layers,
         dtype="fp32" if recipe.dora else dtype,
         quantization=recipe.quantization,
         full=not recipe.adapters,
@@ -198,16 +202,13 @@ def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[
         if replayed.memory.reserved <= limit and _cost(replayed) <= min(map(_cost, fitting)):
             return replayed, [one for one in found if one is not replayed]
         fitting = [one for one in fitting if one.memory.reserved <= limit]
-    last = _replayed(found[-1], card, limit, recipe)  # the guess may have been too careful
-    if last.memory.reserved <= limit:
-        return last, found[:-1]
-    smallest = base.replace(rows=found[-1].work.rows, accumulation=found[-1].work.accumulation)
-    if recipe.checkpointing == "auto":
-        smallest = smallest.replace(layers=(OFFLOADED,) * len(base.layers))
-    else:
-        smallest = found[-1].work
-    last = _Candidate(smallest, predict(smallest), step_time(smallest, card, smallest.accumulation))
-    return last, found
+    last = found[-1]
+    if last.memory.allocated <= limit:  # the guess of gaps may have been too careful
+        last = _replayed(last, card, limit, recipe)
+        if last.memory.reserved <= limit:
+            return last, found[:-1]
+    smallest = _smallest(recipe, base)
+    return _candidate(smallest, card, predict(smallest)), found
 
 
 def _micro_batches(recipe: Recipe, base: Workload) -> list[int]:
@@ -225,27 +226,31 @@ def _with_rows(recipe: Recipe, base: Workload, rows: int) -> Workload:
     return base.replace(rows=rows, accumulation=recipe.effective_batch_size // rows)
 
 
+def _smallest(recipe: Recipe, base: Workload) -> Workload:
+    kind = AS_ASKED.get(recipe.checkpointing, OFFLOADED)
+    return _with_rows(recipe, base, recipe.micro_batch_size or 1).replace(layers=(kind,) * len(base.layers))
+
+
 def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: float) -> _Candidate:
-    """The workload with as few layers recomputed as fit; with all of them where nothing fits."""
+    """The workload as asked, or with as few layers recomputed as fit; with all of them where nothing fits."""
+    if recipe.checkpointing == "auto":
+        work = fewest_recomputed(work, lambda one: _guess(one).reserved <= limit)
+    return _candidate(work, card, _guess(work))
+
+
+def fewest_recomputed(work: Workload, fits: Callable[[Workload], bool], least: int = 0) -> Workload:
+    """The workload with as few layers recomputed as fit, at least `least`, or with all of them; the first layers, since
+    the others come first in the backward pass and are gone by then."""
     depth = len(work.layers)
-    counts = {"none": range(1), "all": range(depth, depth + 1), "offloaded": range(depth, depth + 1)}.get(
-        recipe.checkpointing, range(depth + 1)
-    )
-    kind = OFFLOADED if recipe.checkpointing == "offloaded" else CHECKPOINTED
-    low, high = counts[0], counts[-1]
-    while low < high:
-        middle = (low + high) // 2
-        if _guess(_with_recomputed(work, middle, kind)).reserved <= limit:
-            high = middle
-        else:
-            low = middle + 1
-    chosen = _with_recomputed(work, low, kind)
-    return _Candidate(chosen, _guess(chosen), step_time(chosen, card, chosen.accumulation))
+
+    def recomputed(count: int) -> Workload:
+        return work.replace(layers=(CHECKPOINTED,) * count + (STORED,) * (depth - count))
+
+    return recomputed(bisect_left(range(depth), True, least, key=lambda count: fits(recomputed(count))))
 
 
-def _with_recomputed(work: Workload, count: int, kind: str) -> Workload:
-    """The first `count` layers recomputed: the others come first in the backward pass, and are gone by then."""
-    return work.replace(layers=(kind,) * count + (STORED,) * (len(work.layers) - count))
+def _candidate(work: Workload, card: Card, memory: Memory) -> _Candidate:
+    return _Candidate(work, memory, step_time(work, card, work.accumulation))
 
 
 def _guess(work: Workload) -> Memory:
@@ -258,15 +263,12 @@ def _guess(work: Workload) -> Memory:
 
 def _replayed(candidate: _Candidate, card: Card, limit: float, recipe: Recipe) -> _Candidate:
     """The candidate with its gaps replayed, and so many more layers recomputed that it fits with them."""
-    work, memory = candidate.work, predict(candidate.work)
-    while memory.reserved > limit and recipe.checkpointing == "auto" and candidate.recomputed < len(work.layers):
-        one_more = _with_recomputed(work, candidate.recomputed + 1, CHECKPOINTED)
-        memory = Memory(**{**vars(_guess(one_more)), "gaps": memory.gaps})
-        if memory.reserved <= limit:
-            memory = Memory(**{**vars(memory), "gaps": replayed(one_more)[1]})
-        work = one_more
-        candidate = _Candidate(work, memory, step_time(work, card, work.accumulation))
-    return _Candidate(work, memory, candidate.time)
+    now = _candidate(candidate.work, card, predict(candidate.work))
+    while now.memory.reserved > limit and recipe.checkpointing == "auto" and STORED in now.work.layers:
+        room = limit - (now.memory.reserved - outline(now.work).allocated)
+        work = fewest_recomputed(now.work, lambda one, room=room: outline(one).allocated <= room, now.recomputed + 1)
+        now = _candidate(work, card, predict(work))
+    return now
 
 
 def _cost(candidate: _Candidate) -> tuple[float, int]:
@@ -287,13 +289,9 @@ def _alternative(one: _Candidate, best: _Candidate, limit: float) -> Alternative
     return Alternative(one.work.rows, one.recomputed, one.memory.reserved / GIB, step_s, verdict)
 
 
-def _why_rows(best: _Candidate, others: list[_Candidate]) -> str:
-    return (
-        "the fastest of the micro-batches that divide the effective batch" if others else "the only one that divides it"
-    )
-
-
 def _why_layers(recipe: Recipe, best: _Candidate, limit: float) -> str:
+    if best.memory.reserved > limit:
+        return "nothing fits"
     if recipe.checkpointing != "auto":
         return "as asked"
     if not best.recomputed:
@@ -309,29 +307,33 @@ def _attention(card: Card, dtype: str) -> tuple[str, str, str]:
     Llama 3 shares key and value heads between query heads, and without FlashAttention the memory-efficient kernel
     refuses that: SDPA then takes its math path, whose memory grows with the square of the length.
     """
-    fast = [kernel for kernel in card.attention_gqa if kernel != "math"]  # tried in the card's own 16-bit dtype
+    fast = [kernel for kernel in card.grouped_kernels if kernel != "math"]  # in the card's own 16-bit dtype
+    tried = "" if card.attention_gqa or dtype == "fp32" else " (by its compute capability; not tried)"
     if fast and dtype != "fp32":
         hopper = card.capability[0] in (9, 10)  # where torch prefers cuDNN's (sdp_utils.cpp, check_prefer_cudnn)
         kernel = "cudnn" if "cudnn" in fast and hopper else fast[0]
-        return "sdpa", kernel, f"{kernel} takes grouped heads as they are"
+        return "sdpa", kernel, f"{kernel} takes grouped heads as they are{tried}"
     why = "only the math kernel takes grouped heads here; expanded, the memory-efficient one runs"
-    return EXPANDED_ATTENTION, "memory-efficient", why
+    return EXPANDED_ATTENTION, "memory-efficient", why + tried
 
 
 def _optimizer(recipe: Recipe, card: Card) -> tuple[str, str]:
-    if recipe.optimizer != "auto":
-        return recipe.optimizer, "as asked"
-    if card.is_gpu and recipe.adapters:
-        return "paged_adamw_8bit", "2 bytes of state a parameter instead of 8, paged out where the GPU is full"
-    return "adamw_torch_fused", "exact, and fast where its states have room"
+    auto = recipe.optimizer == "auto"
+    if auto and not (card.is_gpu and recipe.adapters):
+        return "adamw_torch_fused", "exact, and fast where its states have room"
+    wanted = "paged_adamw_8bit" if auto else recipe.optimizer
+    if wanted.startswith("paged") and not card.pages:
+        unpaged = "adamw_8bit" if "8bit" in wanted else "adamw_torch_fused"
+        return unpaged, "not paged: on WSL2 the states would stay on the GPU, uncounted"
+    return wanted, "2 bytes of state a parameter instead of 8, paged out where the GPU is full" if auto else "as asked"
 
 
-def _plan_on_cpu(recipe: Recipe, card: Card, data) -> Plan:
+def _plan_on_cpu(recipe: Recipe, card: Card, model: Architecture, data) -> Plan:
     dtype, why_dtype = card.choose_precision(recipe.precision)
     effective = recipe.effective_batch_size
-    fits = max(1, CPU_TOKENS // recipe.max_length)
+    length = _length(recipe, data)
+    fits = max(1, CPU_TOKENS // length)
     rows = recipe.micro_batch_size or max(n for n in range(1, min(fits, effective) + 1) if effective % n == 0)
-    again = recipe.checkpointing in ("all", "offloaded")
     optimizer, why_optimizer = _optimizer(recipe, card)
     return Plan(
         recipe=recipe,
@@ -339,7 +341,7 @@ def _plan_on_cpu(recipe: Recipe, card: Card, data) -> Plan:
         dtype=dtype,
         micro_batch_size=rows,
         accumulation=effective // rows,
-        layers=(CHECKPOINTED,) * architecture(recipe.model, recipe.revision).layers if again else (),
+        layers=(CHECKPOINTED,) * model.layers if recipe.checkpointing in ("all", "offloaded") else (),
         attention="sdpa",
         kernel="",
         optimizer=optimizer,
@@ -350,9 +352,14 @@ def _plan_on_cpu(recipe: Recipe, card: Card, data) -> Plan:
             "attention": "runs on every CPU",
             "optimizer": why_optimizer,
         },
-        length=recipe.max_length,
+        length=length,
         steps=_steps(recipe, data),
     )
+
+
+def _length(recipe: Recipe, data) -> int:
+    """Tokens of the longest row there is, or may be."""
+    return max([8, *(len(row.input_ids) for row in data.train)]) if data else recipe.max_length
 
 
 def _steps(recipe: Recipe, data) -> int | None:
@@ -370,10 +377,6 @@ def _basis(recipe: Recipe) -> str:
         return text + "; DoRA is planned for roughly, as if all of it were fp32: rehearse(plan)"
     others = ", ".join(f"{name} {is_}" for name, is_ in _other_versions())
     return f"{text}, as measured with other versions ({others} here): rehearse(plan) to be sure" if others else text
-
-
-def _as_measured() -> bool:
-    return not _other_versions()
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from llamanb.card import Card
 from llamanb.errors import GpuError
 from llamanb.layout import GIB, Plan
 from llamanb.memory import SEEN, Memory, predict
-from llamanb.planner import MARGIN_REHEARSED, workload
+from llamanb.planner import MARGIN_REHEARSED, fewest_recomputed, workload
 from llamanb.speed import StepTime, flops
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 
@@ -197,15 +197,9 @@ def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
     limit = plan.card.free_gib * GIB * (1 - MARGIN_REHEARSED)
     recomputed, why = plan.recomputed, plan.reasons.get("layers", "")
     if plan.recipe.checkpointing == "auto" and work.layers.count(CHECKPOINTED) == recomputed:
-        low, high = 0, len(work.layers)
-        while low < high:
-            middle = (low + high) // 2
-            if _memory(_with_recomputed(work, middle), trials).reserved <= limit:
-                high = middle
-            else:
-                low = middle + 1
-        work = _with_recomputed(work, low)
-        why = f"as few layers recomputed as fit {limit / GIB:.2f} GiB, as rehearsed" if low else "all of them fit"
+        work = fewest_recomputed(work, lambda one: _memory(one, trials).reserved <= limit)
+        why = f"as few layers recomputed as fit {limit / GIB:.2f} GiB, as rehearsed"
+        why = why if CHECKPOINTED in work.layers else "all of them fit"
     depths = [len(trial.layers) for trial in trials]
     made = plan.replace(
         layers=work.layers,
@@ -216,13 +210,9 @@ def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
         alternatives=(),  # they were predicted, and not rehearsed
         basis=f"{len(trials)} rehearsals with {min(depths)} to {max(depths)} layers on this GPU",
     )
-    if made.memory.reserved > limit:
-        raise does_not_fit(made, work.model, limit)
+    if not made.fits:
+        raise does_not_fit(made, work.model, rehearsed=True)
     return made
-
-
-def _with_recomputed(work: Workload, count: int) -> Workload:
-    return work.replace(layers=(CHECKPOINTED,) * count + (STORED,) * (len(work.layers) - count))
 
 
 def _memory(work: Workload, trials: list[_Trial]) -> Memory:

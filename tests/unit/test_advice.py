@@ -1,11 +1,14 @@
 """What a card can train, and what would fit where a recipe does not."""
 
+from dataclasses import replace
+
 import pytest
 
 from llamanb import Card, Recipe, planner
-from llamanb.advice import STEP, TABLE_METHODS, changes_that_fit, fitting, trainable
+from llamanb.advice import CONTEXT_GIB, STEP, TABLE_METHODS, changes_that_fit, does_not_fit, fitting, trainable
 from llamanb.architecture import architecture
-from llamanb.planner import smallest_fits
+from llamanb.memory import _replayed
+from llamanb.planner import search, smallest_fits
 
 EIGHT, ONE = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
 CARDS = ("T4", "RTX 3060", "RTX 4090", "H200")
@@ -50,10 +53,10 @@ def test_a_larger_card_has_no_shorter_rows():
 def test_the_row_fits_and_a_longer_one_does_not(method, name):
     card, model = Card.known("T4"), architecture(name)
     longest = reach("T4")[method][name.split("/")[1]]
-    recipe = Recipe(model=name, method=method, effective_batch_size=1)
+    recipe = Recipe(model=name, method=method, effective_batch_size=1, checkpointing="all")
     assert smallest_fits(recipe.replace(max_length=longest), card, model)
     assert not smallest_fits(recipe.replace(max_length=longest + STEP), card, model)
-    assert fitting(recipe.replace(max_length=longest), card, model)
+    assert fitting(recipe.replace(max_length=longest, checkpointing="auto"), card, model)
 
 
 def test_no_row_is_longer_than_the_models_positions():
@@ -86,8 +89,9 @@ def test_the_longest_row_that_fits_is_offered():
         for row in changes_that_fit(recipe, card, model).rows
         if row[0].startswith("max_length")
     ]
+    assert length % STEP == 0
     assert fitting(recipe.replace(max_length=length), card, model)
-    assert not fitting(recipe.replace(max_length=length + STEP), card, model)
+    assert not fitting(recipe.replace(max_length=round(1.03 * length)), card, model)
 
 
 def test_the_next_larger_card_is_offered():
@@ -104,6 +108,55 @@ def test_nothing_is_offered_where_nothing_helps():
     assert changes_that_fit(recipe, Card.known("T4"), architecture(recipe.model)).rows == []
     with pytest.raises(planner.DoesNotFitError, match="no single change is enough"):
         planner.plan(recipe, "T4")
+
+
+def test_a_shorter_max_length_is_shorter_than_what_was_asked_for():
+    """Also where trials showed what the prediction did not: else the same length would be offered again."""
+    recipe, card, model = Recipe(model=EIGHT, max_length=1024), Card.known("T4"), architecture(EIGHT)
+    made = search(recipe, card, model)
+    error = does_not_fit(made.replace(limit_gib=1.0), model, rehearsed=True)
+    offered = [row[0] for row in error.changes.rows if row[0].startswith("max_length")]
+    assert offered == ["max_length = 896"]
+    assert error.fix.startswith(error.changes.rows[0][0])
+    assert "predicted, not rehearsed" in error.fix
+    assert "rehearsed" not in does_not_fit(made.replace(limit_gib=1.0), model).fix
+
+
+def test_bf16_is_offered_no_card_without_it():
+    recipe = Recipe(model=EIGHT, precision="bf16", method="lora")
+    rows = changes_that_fit(recipe, Card.known("RTX 3080 10"), architecture(EIGHT)).rows
+    assert Card.known(rows[-1][0].removeprefix("a larger card: ")).dtype == "bf16"
+
+
+def refusal(recipe: Recipe, card: Card) -> planner.DoesNotFitError:
+    with pytest.raises(planner.DoesNotFitError) as caught:
+        planner.plan(recipe, card)
+    return caught.value
+
+
+def test_memory_that_is_taken_is_told_and_offered_where_it_would_be_enough():
+    whole = Card.known("T4")
+    taken = replace(whole, free_gib=whole.free_gib - 10)
+    found = refusal(Recipe(model=EIGHT, max_length=2048), taken)
+    assert "10.00 of the card's 14.56 GiB were taken before" in found.why
+    assert found.fix == found.changes.rows[0][0]
+    assert found.fix.startswith("free the 10.00 GiB that other processes hold")
+    assert found.changes.rows[0][1] == f"{planner.plan(Recipe(model=EIGHT, max_length=2048), whole).needs_gib:.2f} GiB"
+    never = refusal(Recipe(model="meta-llama/Llama-3.3-70B-Instruct"), taken)
+    assert "were taken before" in never.why
+    assert not any("free the" in row[0] for row in never.changes.rows)
+
+
+@pytest.mark.parametrize("card", [Card.known("T4"), Card("T4", (7, 5), 14.56, 14.56 - CONTEXT_GIB - 0.7)])
+def test_a_context_and_a_little_more_is_nobodys_fault(card):
+    found = refusal(Recipe(model="meta-llama/Llama-3.3-70B-Instruct"), card)
+    assert "taken" not in found.why
+
+
+def test_a_refusal_replays_few_tapes():
+    _replayed.cache_clear()
+    refusal(Recipe(model=EIGHT, max_length=131072), Card.known("T4"))
+    assert _replayed.cache_info().misses < 8, "each takes 60 ms: there were 34"
 
 
 def test_a_cpu_has_no_table_and_is_told_so():

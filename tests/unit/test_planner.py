@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from llamanb.architecture import architecture
 from llamanb.errors import GpuError, ModelError, RecipeError
 from llamanb.layout import EXPANDED_ATTENTION, GIB, Plan
 from llamanb.memory import predict
-from llamanb.planner import MARGIN, MARGIN_ELSEWHERE, MEASURED_WITH, DoesNotFitError, workload
+from llamanb.planner import MARGIN, MARGIN_ELSEWHERE, MEASURED_WITH, DoesNotFitError, search, workload
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED
 
 MODELS = {
@@ -81,16 +83,36 @@ def test_fp32_on_a_gpu_has_no_flash():
     assert (made.attention, made.kernel) == (EXPANDED_ATTENTION, "memory-efficient")
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (9, 0)])
+def test_kernels_that_nobody_tried_are_those_of_the_capability(capability):
+    by_hand = plan(eight(max_length=512), Card("mine", capability, 24.0))
+    known = plan(eight(max_length=512), {(7, 5): "T4", (8, 6): "RTX 3090", (9, 0): "H200"}[capability])
+    assert (by_hand.attention, by_hand.kernel) == (known.attention, known.kernel)
+    assert by_hand.reasons["attention"] == f"{known.reasons['attention']} (by its compute capability; not tried)"
+
+
+def test_on_wsl2_no_state_is_planned_to_leave_the_gpu():
+    wsl = replace(Card.known("RTX 3090"), pages=False)
+    assert plan(eight(), wsl).optimizer == "adamw_8bit"
+    assert "WSL2" in plan(eight(), wsl).reasons["optimizer"]
+    assert plan(eight(optimizer="adamw_8bit"), wsl).memory == plan(eight(), wsl).memory
+    full = Recipe(model=MODELS["1B"], method="full", optimizer="paged_adamw_32bit", micro_batch_size=1, max_length=512)
+    assert plan(full, "RTX 3090").optimizer == "paged_adamw_32bit"
+    on_wsl = plan(full, wsl, force=True)
+    assert on_wsl.optimizer == "adamw_torch_fused"
+    assert on_wsl.memory.buckets["optimizer"] > 8 * GIB
+
+
 def test_a_cpu_gets_fp32_and_keeps_its_activations():
-    made = plan(Recipe(), CPU)
+    made = plan(Recipe(max_length=512), CPU)
     assert (made.dtype, made.attention, made.optimizer) == ("fp32", "sdpa", "adamw_torch_fused")
     assert (made.layers, made.recomputed, made.memory) == ((), 0, None)
-    assert set(plan(Recipe(checkpointing="all"), CPU).layers) == {CHECKPOINTED}
+    assert set(plan(Recipe(checkpointing="all", max_length=512), CPU).layers) == {CHECKPOINTED}
 
 
 @pytest.mark.parametrize(("length", "effective", "rows"), [(512, 16, 4), (1024, 16, 2), (4096, 16, 1), (512, 7, 1)])
 def test_a_cpu_computes_few_tokens_at_once(length, effective, rows):
-    made = plan(Recipe(max_length=length, effective_batch_size=effective), CPU)
+    made = plan(eight(max_length=length, effective_batch_size=effective), CPU)
     assert (made.micro_batch_size, made.accumulation) == (rows, effective // rows)
 
 
@@ -145,6 +167,29 @@ def test_the_longest_row_that_is_there_counts():
     made = plan(eight(max_length=8192, epochs=20), "T4", data)
     assert made.steps == 20, "a pass over three rows is a step"
     assert made.memory == plan(eight(max_length=700), "T4").memory
+    made = plan(eight(max_length=8192, effective_batch_size=6), CPU, data)
+    assert (made.length, made.micro_batch_size, made.steps) == (700, 2, 1)
+
+
+def test_changes_are_offered_for_the_rows_that_are_there():
+    data = SimpleNamespace(train=[SimpleNamespace(input_ids=range(n)) for n in (5, 4000, 30)])
+    recipe = eight(max_length=8192, micro_batch_size=4, checkpointing="all")
+    with pytest.raises(DoesNotFitError) as caught:
+        plan(recipe, "RTX 3060", data)
+    changes = {change.split(" = ")[0]: (change, needs) for change, needs, _ in caught.value.changes.rows}
+    assert 128 < ast.literal_eval(changes["max_length"][0].split(" = ")[1]) < 4000
+    assert (
+        changes["micro_batch_size"][1]
+        == f"{plan(recipe.replace(micro_batch_size=None), 'RTX 3060', data).needs_gib:.2f} GiB"
+    )
+
+
+def test_a_model_of_the_most_layers_is_planned_in_seconds():
+    deep = replace(architecture(MODELS["1B"]), layers=1024)
+    begin_s = time.perf_counter()
+    made = search(Recipe(model="deep", max_length=4096), Card.known("H200"), deep, force=True)
+    assert 0 < made.recomputed < 1024
+    assert time.perf_counter() - begin_s < 5
 
 
 # It fits
@@ -158,7 +203,7 @@ def test_a_plan_fits_and_leaves_no_more_than_two_layers_room(size, method, card)
         made = plan(Recipe(model=MODELS[size], method=method, max_length=length), card, force=True)
         room = limit(made.card)
         assert made.micro_batch_size * made.accumulation == 16
-        assert (made.needs_gib > room) == (made.reasons["layers"] == "nothing fits")
+        assert (made.needs_gib > room) == (not made.fits) == (made.reasons["layers"] == "nothing fits")
         stored = len(made.layers) - made.recomputed
         assert made.needs_gib == pytest.approx(replanned(made, stored))
         if made.recomputed > 2 and OFFLOADED not in made.layers:
@@ -259,7 +304,7 @@ def test_every_change_that_is_listed_fits(recipe, card):
 def test_a_forced_plan_comes_closest(recipe, card):
     made = plan(recipe, card, force=True)
     assert made.needs_gib > limit(made.card)
-    assert made.reasons["layers"] == "nothing fits"
+    assert not made.fits
     assert ("too much" in str(made)) == (made.needs_gib > made.card.free_gib)
 
 
@@ -280,6 +325,17 @@ def test_what_cannot_be_is_one_clear_error(fields, card, kind, says):
         plan(Recipe(**fields), card)
 
 
+def test_on_a_cpu_too_a_model_is_looked_at(tmp_path):
+    with pytest.raises(RecipeError, match="512 positions"):
+        plan(Recipe(max_length=513), CPU)
+    assert plan(Recipe(max_length=513), CPU, force=True).length == 513, "an adapter is loaded with its own recipe"
+    with pytest.raises(ModelError, match="already quantized"):
+        plan(Recipe(model="unsloth/Meta-Llama-3.1-8B-bnb-4bit", method="lora"), CPU)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    with pytest.raises(ModelError, match="not a Llama"):
+        plan(Recipe(model=str(tmp_path)), CPU)
+
+
 # As data
 
 
@@ -291,7 +347,7 @@ def test_what_cannot_be_is_one_clear_error(fields, card, kind, says):
         ({"model": MODELS["1B"], "method": "full", "stop_after_min": 5}, Card.known("H200")),
         ({"model": MODELS["8B"], "steps": 1000, "stop_after_min": 5}, Card.known("RTX 3060")),
         ({"model": MODELS["8B"]}, SLOW),
-        ({}, CPU),
+        ({"max_length": 512}, CPU),
     ],
 )
 def test_every_choice_has_its_reason_and_survives_json(fields, card):

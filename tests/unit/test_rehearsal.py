@@ -112,6 +112,7 @@ def test_a_plan_that_trials_show_not_to_fit_is_refused(gpu, monkeypatch):
     with pytest.raises(DoesNotFitError, match="needs") as caught:
         rehearse(made)
     assert caught.value.plan.memory.reserved > 16 * 1024 * MIB
+    assert "what would fit is predicted, not rehearsed" in caught.value.fix
 
 
 @pytest.mark.parametrize(("wanted", "kind"), [("all", CHECKPOINTED), ("none", STORED), ("offloaded", OFFLOADED)])
