@@ -126,10 +126,11 @@ def _draw_memory(axes, timeline: Timeline) -> str:
     _style(axes, "seconds", "GiB")
     if not samples:
         axes.set(xticks=[], yticks=[])
-        axes.set_title(timeline.source, color=INK, fontsize=9, loc="left")
+        axes.set_title(timeline.source, color=INK, fontsize=9, loc="left", parse_math=False)
         return f"{timeline.source}: no sample yet"
     highest = max(sample.used_gib for sample in samples)
-    axes.set_title(f"{timeline.source}: at most {highest:.2f} GiB", color=INK, fontsize=9, loc="left")
+    title = f"{timeline.source}: at most {highest:.2f} GiB"
+    axes.set_title(title, color=INK, fontsize=9, loc="left", parse_math=False)
     on_gpu = samples[-1].allocated_gib is not None
     shown = [s.allocated_gib or 0.0 for s in samples] if on_gpu else [s.used_gib for s in samples]
     kept, lines = _kept(shown), {}
@@ -163,7 +164,9 @@ def _legend(axes, lines: Mapping[str, tuple[str, str]]) -> None:
     """Names of lines, in their colours, beside the picture."""
     handles = [Line2D([], [], color=color, linestyle=style, label=name) for name, (color, style) in lines.items()]
     beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-    axes.legend(handles=handles, fontsize=7, frameon=False, labelcolor=INK, handlelength=1.2, **beside)
+    made = axes.legend(handles=handles, fontsize=7, frameon=False, labelcolor=INK, handlelength=1.2, **beside)
+    for text in made.get_texts():
+        text.set_parse_math(False)
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from llamanb import REPOSITORY, __version__
@@ -51,7 +52,8 @@ def buckets_table(run: Run) -> Table:
     planned = {name: run.plan.memory.buckets.get(name, 0) / GIB for name in BUCKETS}
     seen = run.buckets_gib
     rows = [[name, f"{planned[name]:.3f}", f"{size:.3f}"] for name, size in seen.items()]
-    rest = max(run.timeline.peaks_gib.values()) - sum(seen.values())
+    peaks = [run.timeline.peaks_gib.get(part, 0.0) for part in run.plan.memory.parts]  # scoring is in no plan
+    rest = max(peaks) - sum(seen.values())
     others = [name for name in BUCKETS if name not in seen]
     rows.append([", ".join(others), f"{sum(planned[name] for name in others):.3f}", f"{rest:.3f}"])
     return Table(["at the highest peak", "planned, GiB", "measured, GiB"], rows)
@@ -59,7 +61,7 @@ def buckets_table(run: Run) -> Table:
 
 def again(run: Run) -> str:
     """The command that makes the same run."""
-    recipe = run.folder / "recipe.json"
+    recipe = shlex.quote(str(run.folder / "recipe.json"))
     command = f"papermill notebooks/04_train.ipynb again.ipynb -p recipe_file {recipe} -p name {run.folder.name}-again"
     return f"{command}\n\nin a clone of {REPOSITORY} at v{__version__}, with the versions above"
 

@@ -49,6 +49,11 @@ def legend(axes) -> dict[str, str]:
     }
 
 
+def pieces(curve) -> list[list[tuple[float, float]]]:
+    """Ends of each piece of a curve that is drawn in pieces."""
+    return [[tuple(end.tolist()) for end in piece] for piece in curve.get_segments()]
+
+
 def levels(axes) -> dict[float, str]:
     """Heights of horizontal lines across the whole picture, and their colors."""
     lines = (line for line in axes.get_lines() if list(line.get_xdata()) == [0, 1])
@@ -121,11 +126,28 @@ def test_memory_is_coloured_by_what_the_run_did():
     axes = drawn(plots._draw_memory, WATCHED)
     [curve] = axes.collections
     assert [to_hex(color) for color in curve.get_colors()] == [plots.PHASES["forward"], plots.PHASES["backward"]]
-    assert [[*map(tuple, piece)] for piece in curve.get_segments()] == [[(0, 1), (1, 3)], [(1, 3), (2, 2)]]
+    assert pieces(curve) == [[(0, 0.4), (1, 1.8)], [(1, 1.8), (2, 1.0)]], "what torch's tensors take"
     names = legend(axes)
     assert {name: names[name] for name in ("load", "forward", "backward")} == {
         name: plots.PHASES[name] for name in ("load", "forward", "backward")
     }
+
+
+def test_on_a_gpu_what_is_in_use_and_reserved_stand_beside_it():
+    axes = drawn(plots._draw_memory, WATCHED)
+    used, reserved = ([*line.get_ydata()] for line in axes.get_lines()[:2])
+    assert used == [1.0, 3.0, 2.0]
+    assert reserved == [0.5, 2.0, 1.5]
+    names = legend(axes)
+    assert (names["in use"], names["reserved by torch"]) == (plots.INK, plots.TORCH)
+
+
+def test_without_a_gpu_it_is_what_is_in_use_that_is_coloured():
+    axes = drawn(plots._draw_memory, timeline([(0.0, "load", 1.0), (1.0, "forward", 3.0)]))
+    [curve] = axes.collections
+    assert pieces(curve) == [[(0, 1), (1, 3)]]
+    assert len(axes.get_lines()) == 0
+    assert set(legend(axes)) == {"load", "forward"}
 
 
 def test_every_phase_of_a_run_has_a_colour():
@@ -142,14 +164,7 @@ def test_lines_of_plan_and_limit_are_there():
     names = legend(axes)
     assert names["planned for torch"] == plots.PLANNED
     assert names["all there is"] == plots.LIMIT
-    assert names["reserved by torch"] == plots.TORCH
     assert axes.get_ylim()[1] > 15.0
-
-
-def test_without_a_gpu_no_line_is_drawn_that_means_nothing():
-    axes = drawn(plots._draw_memory, timeline([(0.0, "load", 1.0), (1.0, "forward", 2.0)]))
-    assert levels(axes) == {}
-    assert set(legend(axes)) == {"load", "forward"}
 
 
 def test_a_plan_that_was_exceeded_is_still_in_the_picture():
@@ -162,12 +177,13 @@ def test_of_many_samples_few_points_are_drawn_and_the_highest_is_one():
     samples[54_321] = (5432.1, "loss", 9.0, 8.0, 8.5)
     axes = drawn(plots._draw_memory, timeline(samples))
     [curve] = axes.collections
-    points = [tuple(point) for piece in curve.get_segments() for point in piece]
-    assert len(set(points)) <= plots.MOST_POINTS
-    assert (5432.1, 9.0) in points
-    for line in axes.get_lines():
-        assert len(line.get_xdata()) <= plots.MOST_POINTS
-    assert max(max(line.get_ydata()) for line in axes.get_lines()) == 8.5
+    points = {point for piece in pieces(curve) for point in piece}
+    assert len(points) <= plots.MOST_POINTS
+    assert (5432.1, 8.0) in points
+    used, reserved = axes.get_lines()
+    assert len(used.get_xdata()) <= plots.MOST_POINTS
+    assert len(reserved.get_xdata()) <= plots.MOST_POINTS
+    assert (max(used.get_ydata()), max(reserved.get_ydata())) == (9.0, 8.5)
     assert "9.00 GiB at most" in repr(plots.memory_picture(timeline(samples)))
 
 
@@ -219,7 +235,15 @@ def test_peaks_stand_beside_each_other_under_the_limit():
     assert bars[(1.8, plots.PLANNED)] == 3.0
     assert [label.get_text() for label in axes.get_yticklabels()] == ["load", "loss", "backward"]
     assert [list(line.get_xdata()) for line in axes.get_lines()] == [[14.0, 14.0]]
-    assert legend(axes) == {"planned": plots.PLANNED, "measured": plots.MEMORY, "all there is": plots.LIMIT}
+    assert legend(axes) == {"planned": plots.PLANNED, "measured": plots.MEMORY, "limit of the plan": plots.LIMIT}
+
+
+def test_names_from_a_folder_are_no_formulas():
+    odd = timeline([(0.0, r"$\no$ formula", 1.0), (1.0, "load", 1.0)])
+    odd.source = r"$\(memory$ of $\another{machine"
+    plots.memory_picture(odd)
+    odd.samples.clear()
+    plots.memory_picture(odd)
 
 
 def test_pyplot_and_its_global_state_are_never_loaded():
