@@ -162,7 +162,7 @@ def _underrated(held: dict[str, int], planned: dict[str, int]) -> float:
 
 def _culprit(plan: Plan, phase: str, held: dict[str, int], planned: dict[str, int]) -> str:
     """The bucket that grew most beyond a plan that fits; of one that was forced, the largest."""
-    counted = {name: size for name, size in held.items() if name != CONTEXT}
+    counted = {name: held.get(name, 0) for name in {**planned, **held} if name != CONTEXT}
     if plan.needs_gib <= plan.limit_gib:
         return max(counted, key=lambda name: counted[name] - planned.get(name, 0))
     expected = {name: max(size, planned.get(name, 0)) for name, size in counted.items()}
