@@ -251,3 +251,32 @@ def test_pyplot_and_its_global_state_are_never_loaded():
     code = f"import sys; {draw}; print('matplotlib.pyplot' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "points", [{}, {"baseline": (1.0, 2.0)}, {f"variant {i}": (4800.0 + i, 10_000.0 - i) for i in range(12)}]
+)
+def test_names_in_the_picture_of_tradeoffs_lie_apart_and_inside(points, monkeypatch):
+    figures = []
+    made = plots.Picture
+    monkeypatch.setattr(plots, "Picture", lambda figure, words: figures.append(figure) or made(figure, words))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = plots.tradeoffs_picture(points, "MiB at the peak")
+    width, height = size(picture)
+    assert width < 1200
+    assert height < 500
+    assert repr(picture).count("tokens/s") == len(points)
+    [axes] = figures[0].axes
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert boxes.keys() == points.keys()
+    for name, box in boxes.items():
+        assert not [other for other in boxes if other != name and box.overlaps(boxes[other])], name
+        assert figures[0].bbox.contains(box.x0, box.y0), name
+        assert figures[0].bbox.contains(box.x1, box.y1), name
+
+
+def test_the_tradeoffs_in_words():
+    words = repr(plots.tradeoffs_picture({"baseline": (4800.2, 1234.0), "int8": (6000, 900)}, "MiB at the peak"))
+    assert words == "baseline: 4,800.2 MiB at the peak, 1,234 tokens/s; int8: 6,000.0 MiB at the peak, 900 tokens/s"
+    assert repr(plots.tradeoffs_picture({}, "MiB")) == "nothing was measured"
