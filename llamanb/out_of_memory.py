@@ -63,8 +63,9 @@ class Scene:
             self.trainer.accelerator.free_memory()
             vars(self.trainer).clear()
         self.model = self.trainer = None
-        if error:
+        while error:
             traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
         gc.collect()
         if self.plan.card.is_gpu:
             torch.cuda.empty_cache()
@@ -113,7 +114,7 @@ class Scene:
         """What would fit into `room` bytes, if the plan is wrong by that factor again."""
         plan, model = self.plan, architecture(self.plan.recipe.model, self.plan.recipe.revision)
         left = replace(plan.card, free_gib=(room - held[EARLIER]) / underrated / GIB)
-        found = changes_that_fit(plan.recipe, left, model)
+        found = changes_that_fit(plan.recipe.replace(max_length=plan.length), left, model)
         for bucket, words in ((OTHERS, "end them: 00_check_gpu lists them"), (EARLIER, "restart the kernel")):
             if held[bucket] > 0.02 * (room + held[OTHERS]) and plan.needs_gib * GIB <= room + held[OTHERS]:
                 row = [f"free what {bucket} hold ({words})", f"{plan.needs_gib:.2f} GiB", "nothing that is learned"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 
 from llamanb import __version__, hub
 from llamanb.data import TrainingData, load_data
+from llamanb.errors import RecipeError
 from llamanb.layout import GIB, Plan
 from llamanb.run import FINISHED, Run, new_folder
 
@@ -15,7 +17,18 @@ __all__ = ["Run", "train"]
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
-def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", runs: str | Path = "runs") -> Run:
+REPORTERS = ("none", "tensorboard", "trackio", "wandb")
+"""What transformers can send a run's figures to; each is a package of that name."""
+
+
+def train(
+    plan: Plan,
+    data: TrainingData | None = None,
+    *,
+    name: str = "run",
+    runs: str | Path = "runs",
+    report_to: str = "none",
+) -> Run:
     """Fine-tunes as the plan says; scores before and after; saves all of it.
 
     Args:
@@ -23,11 +36,13 @@ def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", ru
         data: from `load_data(recipe)`; left out, it is loaded here.
         name: of the run; its folder is `runs`/`name`, with a number where that is taken.
         runs: the folder of all runs.
+        report_to: one of REPORTERS, which gets loss and learning rate too, as transformers passes them on.
 
     Raises:
         OutOfMemoryError: the GPU's memory was not enough; says what took it, and what would fit.
         LlamanbError: for whatever else a person can mend: rows, model, network, disk, GPU.
     """
+    _require_reporter(report_to)
     data = data or load_data(plan.recipe)
     hub.checkpoint_folder(
         plan.recipe.model, plan.recipe.revision
@@ -49,13 +64,14 @@ def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", ru
         run.save()
         explained = None
         try:
-            run = _train(run, data, scene)
+            run = _train(run, data, scene, report_to)
         except BaseException as error:
             explained = scene.explain(error, run.timeline)  # while the tensors are there to be counted
-            run.replace(status="out of memory" if explained else f"ended by {type(error).__name__}").save()
             scene.clear(error)
+            run.replace(status="out of memory" if explained else f"ended by {type(error).__name__}").save()
             if not explained:
                 raise
+    run.timeline.write(folder)  # with the last samples
     if explained:
         scene.clear()  # again, now that nothing holds the old traceback
         raise explained
@@ -63,7 +79,7 @@ def train(plan: Plan, data: TrainingData | None = None, *, name: str = "run", ru
     return run
 
 
-def _train(run: Run, data: TrainingData, scene) -> Run:
+def _train(run: Run, data: TrainingData, scene, report_to: str) -> Run:
     plan, timeline, folder = run.plan, run.timeline, run.folder
     import transformers
 
@@ -92,7 +108,8 @@ def _train(run: Run, data: TrainingData, scene) -> Run:
         print(f"scoring {len(data.held_out)} held-out rows before training", flush=True)
         before = evaluate(model, data)
 
-    trainer = scene.trainer = build_trainer(plan, model, data, folder, [LiveView(timeline, folder), *callbacks])
+    watchers = [LiveView(timeline, folder), *callbacks]
+    trainer = scene.trainer = build_trainer(plan, model, data, folder, watchers, report_to)
     instants.attach(trainer)
     try:
         result = trainer.train()
@@ -111,3 +128,13 @@ def _train(run: Run, data: TrainingData, scene) -> Run:
         write_model_card(saved, plan, str(run.scores.tables()[0]))
     run.save()
     return run
+
+
+def _require_reporter(report_to: str) -> None:
+    """Raises RecipeError before anything is loaded: transformers would at the first step."""
+    if report_to not in REPORTERS:
+        raise RecipeError(f"report_to = {report_to!r}", "no such reporter", f"one of {', '.join(REPORTERS)}")
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise RecipeError(
+            f"report_to = {report_to!r}", "that package is not installed", f"pip install {report_to}, and restart"
+        )

@@ -25,7 +25,12 @@ SMALL_PARAMETERS = 20_000_000
 
 
 def build_trainer(
-    plan: Plan, model: PreTrainedModel, data: TrainingData, folder: Path, callbacks: list[TrainerCallback]
+    plan: Plan,
+    model: PreTrainedModel,
+    data: TrainingData,
+    folder: Path,
+    callbacks: list[TrainerCallback],
+    report_to: str = "none",
 ) -> SFTTrainer:
     """A trainer for rows that are encoded already, on a model that is loaded already."""
     recipe = plan.recipe
@@ -51,7 +56,7 @@ def build_trainer(
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN is a NaN, not 0.0
         save_strategy="no",
-        report_to="none",
+        report_to=report_to,
         disable_tqdm=True,
         dataloader_pin_memory=plan.card.is_gpu,
     )

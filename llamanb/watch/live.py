@@ -6,6 +6,7 @@ that drawing stays under one hundredth of the time. Outside a notebook only the 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -55,7 +56,8 @@ class LiveView(TrainerCallback):
             self._say(state, status)
             self._last_words_s = now
         if now - self._last_write_s >= WRITE_S:
-            self.timeline.write(self._folder)
+            with contextlib.suppress(OSError):  # a full disk is told when the run is saved
+                self.timeline.write(self._folder)
             self._last_write_s = now
         allowed = DRAWING_SHARE * (now - self._start_s)
         due = now - self._last_draw_s > APART * self._frame_s

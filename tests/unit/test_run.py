@@ -254,7 +254,6 @@ def test_nor_does_one_that_fails_around_its_training(recipe, tmp_path, monkeypat
     assert [reference() for reference in models] == [None, None]
 
 
-@pytest.mark.xfail(reason="Scene.clear() clears the frames of the error, and not those of its causes", strict=True)
 def test_nor_does_an_error_with_a_cause_that_had_the_model_at_hand(recipe, tmp_path, monkeypatch, models):
     def deep_inside(model):
         raise ValueError(model.device)

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import sys
 import time
 import warnings
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from llamanb import Card, Recipe, load_adapter, load_data, plan, plots, train
 from llamanb.errors import ModelError, RecipeError
@@ -266,3 +268,28 @@ def test_a_fragmenting_allocator_is_told(monkeypatch, setting, granted, warned):
         warnings.simplefilter("always")
         warn_of_gaps()
     assert len(caught) == warned
+
+
+def test_figures_are_passed_on_to_a_reporter(recipe, tmp_path, monkeypatch):
+    """wandb, trackio and tensorboard are transformers' own callbacks; what they get is asked for here."""
+    from transformers.integrations import integration_utils
+
+    logged = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(dict(logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Reporter)
+    (tmp_path / "trackio.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    run = train(plan(recipe(), CPU), runs=tmp_path, report_to="trackio")
+    assert [log["loss"] for log in logged if "loss" in log] == run.losses
+
+
+@pytest.mark.parametrize(("name", "why"), [("wandb2", "no such reporter"), ("trackio", "not installed")])
+def test_a_reporter_that_is_not_there_is_refused_before_anything_is_loaded(recipe, tmp_path, monkeypatch, name, why):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(RecipeError, match=why):
+        train(plan(recipe(), CPU), runs=tmp_path, report_to=name)
+    assert not list(tmp_path.glob("run*"))
