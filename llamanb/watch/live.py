@@ -1,7 +1,7 @@
 """The live view: a picture that is updated while training runs, a bar, and the same in words.
 
 Everything here runs in the training thread (a background thread may not display in a notebook), and draws so seldom
-that drawing stays under one hundredth of the time. Outside a notebook only the words are printed.
+that watching takes less than one hundredth of the time. Outside a notebook only the words are printed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from llamanb.html import progress
 from llamanb.plots import live_picture
 from llamanb.timeline import Step, Timeline
 
-DRAWING_SHARE = 0.01
+DRAWING_SHARE = 0.004
+"""Of the time, for pictures; words, files and the sampler take as much again (benchmarks/watching.py)."""
 FREE_FRAMES = 3
 """Pictures that every run gets, whatever their share, so that a run of half a minute is seen to move too."""
 APART = 10

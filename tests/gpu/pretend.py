@@ -32,6 +32,8 @@ def main(recipe_json: str, runs: str) -> None:
         "layers": {kind: p.layers.count(kind) for kind in set(p.layers)},
         "predicted_gib": round(p.memory.allocated / 2**30, 3),
         "predicted_reserved_gib": round(p.needs_gib, 3),
+        "parts_gib": {part: round(size / 2**30, 3) for part, size in p.memory.parts.items()},
+        "seen_gib": {part: round(size, 3) for part, size in run.timeline.peaks_gib.items()},
         "losses": [round(loss, 4) for loss in run.losses],
         "step_s": round(run.train_s / len(run.timeline.steps), 3),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),

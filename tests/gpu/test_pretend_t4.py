@@ -86,6 +86,9 @@ def test_8b_fills_the_card_and_takes_what_was_predicted(scratch, llama_8b):
     assert result["layers"]["checkpointed"] > 0
     assert result["allocated_gib"] == pytest.approx(result["predicted_gib"], rel=0.01)
     assert result["reserved_gib"] > 0.85 * ALLOCATOR_GIB
+    for part in ("forward", "loss", "backward", "optimizer step"):
+        assert result["seen_gib"][part] == pytest.approx(result["parts_gib"][part], rel=0.01), part
+    assert result["seen_gib"]["load"] == pytest.approx(result["parts_gib"]["load"], rel=0.03)
 
 
 def test_1b_trains_on_squad_with_the_real_vocabulary(scratch, real_data, trl_template):

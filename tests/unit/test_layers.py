@@ -108,6 +108,7 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"run"},
     {"report", "out_of_memory"},
     {"training"},
+    {"tradeoffs"},
     {"rehearsal"},
     {"ui"},
 ]
