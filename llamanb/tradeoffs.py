@@ -1,0 +1,398 @@
+"""What each memory technique costs and saves here: every one switched alone, against the same baseline.
+
+    python -m llamanb.tradeoffs '{"model": "FOLDER", "dataset": "rows.jsonl", "effective_batch_size": 4}' [RUNS [NAMES]]
+
+Each variant trains a few steps in a process of its own, through plan() and train() like any run, so that nothing of one
+is left for the next. What was seen is read back from the runs' folders: a variant that was measured is not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamanb import plots
+from llamanb.architecture import architecture
+from llamanb.card import choose_precision, gpu_in_use
+from llamanb.data import TrainingData, load_data
+from llamanb.data.encode import IGNORE, Encoded
+from llamanb.errors import LlamanbError, RecipeError
+from llamanb.html import Table
+from llamanb.layout import EXPANDED_ATTENTION
+from llamanb.memory import SEEN
+from llamanb.planner import plan
+from llamanb.recipe import Recipe
+from llamanb.run import FINISHED, Run
+from llamanb.tape import CHECKPOINTED, STORED
+from llamanb.tape.workload import GRADIENTS, OPTIMIZER
+from llamanb.training import LIBRARIES, train
+from llamanb.trials import KERNELS
+
+BASELINE = "baseline"
+WITHOUT_GPU = {BASELINE, "nf4", "16-bit", "recompute all", "micro-batch 1", "micro-batch 4"}
+"""What a CPU measures unless more is asked for: where there is something to see."""
+STEPS = 12
+NOISE, MUCH = 0.05, 0.10
+"""Share by which speeds must differ to count as different, and share of the peak that counts as much memory."""
+LOAD, FORWARD, *_ = SEEN
+NEEDS_GPU, NOT_MEASURED = "needs a GPU", "not measured"
+OWN_KERNELS, HALF = ("memory-efficient", "math"), " at half length"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe, and what a recipe cannot say."""
+
+    recipe: Recipe
+    kernel: str = ""
+    """Attention kernel that is forced; empty: the one that the plan takes."""
+    half: bool = False
+    """The first half of the layers is recomputed, the others are kept."""
+    segments: bool = True
+    """torch's expandable segments."""
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it changes nothing without one."""
+        asked = {self.recipe.optimizer[:5], self.recipe.checkpointing}
+        return bool(self.kernel) or not self.segments or not asked.isdisjoint({"paged", "offloaded"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant with its run, or the reason why there is none."""
+
+    variant: Variant
+    run: Run | None = None
+    failed: str = ""
+
+    @property
+    def lasting_gib(self) -> float:
+        return sum(self.run.buckets_gib.values())
+
+    @property
+    def at(self) -> str:
+        """The part of a training step in which the most is allocated; empty without a GPU."""
+        peaks = {part: gib for part, gib in self.run.timeline.peaks_gib.items() if part in SEEN and part != LOAD}
+        return max(peaks, key=peaks.get, default="")
+
+    @property
+    def peak_gib(self) -> float:
+        """What is allocated then; on a CPU what lasts, because nothing else is counted there."""
+        return self.run.timeline.peaks_gib[self.at] if self.at else self.lasting_gib
+
+    @property
+    def reserved_gib(self) -> float:
+        return max((sample.reserved_gib or 0.0 for sample in self.run.timeline.samples), default=0.0)
+
+    @property
+    def activations_gib(self) -> float:
+        """What the forward pass leaves for the backward pass: its peak, less what lasts."""
+        return self.run.timeline.peaks_gib.get(FORWARD, 0.0) - self.lasting_gib
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second of the middle one of the steps, the first left out; 0 where there was no second."""
+        steps = itertools.pairwise(self.run.timeline.steps)
+        rates = [(step.tokens - last.tokens) / max(step.time_s - last.time_s, 1e-9) for last, step in steps]
+        return statistics.median(rates) if rates else 0.0
+
+
+@dataclass(frozen=True)
+class Tradeoffs:
+    """Variants by name, the baseline first, that were measured or were to be, on one device."""
+
+    rows: dict[str, Row]
+
+    @property
+    def measured(self) -> dict[str, Row]:
+        return {name: row for name, row in self.rows.items() if row.run and row.speed}
+
+    @property
+    def gpu(self) -> bool:
+        return any(row.run.plan.card.is_gpu for row in self.measured.values())
+
+    def ran(self, name: str) -> Row:
+        """A row with figures. Raises LookupError that says why there are none."""
+        if name not in self.measured:
+            row = self.rows.get(name)
+            raise LookupError(f"{name}: {(row and row.failed) or 'not run'}")
+        return self.measured[name]
+
+    def table(self) -> Table:
+        """What each variant takes, and how fast it is."""
+        rows, base = [], self.measured.get(BASELINE)
+        memory = ["peak, MiB", "in the", "reserved, MiB"] if self.gpu else ["lasting host memory, MiB"]
+        for name, row in self.rows.items():
+            rows.append([name, *[""] * (len(memory) + 2), row.failed])
+            if row.run:
+                gpu = [row.at, _mib(row.reserved_gib)] if self.gpu else []
+                against = f"{row.speed / base.speed - 1:+.0%}" if base else ""
+                rows[-1] = [name, _mib(row.peak_gib), *gpu, f"{row.speed:,.0f}", against, f"{row.run.losses[-1]:.3f}"]
+        return Table(["variant", *memory, "tokens/s", "to baseline", "last loss, or why none"], rows, self._words())
+
+    def memory(self) -> Table:
+        """By bucket what lasts, and on a GPU the peak of each part of a training, in MiB."""
+        measured, parts = self.measured, list(SEEN) if self.gpu else []
+        buckets = list(dict.fromkeys(bucket for row in measured.values() for bucket in row.run.buckets_gib))
+        rows = []
+        for name, row in measured.items():
+            peaks = (_mib(row.run.timeline.peaks_gib.get(part, 0.0)) for part in parts)
+            rows.append([name, *(_mib(row.run.buckets_gib.get(bucket, 0.0)) for bucket in buckets), *peaks])
+        where = "GPU memory, MiB: what lasts, and the peak of each part" if self.gpu else "host memory, MiB: what lasts"
+        return Table(["variant", *buckets, *(f"{part}: peak" for part in parts)], rows, where)
+
+    def picture(self) -> plots.Picture:
+        """Memory against speed."""
+        once = {row.run.folder: name for name, row in reversed(self.measured.items())}
+        points = {name: (1024 * self.rows[name].peak_gib, self.rows[name].speed) for name in reversed(once.values())}
+        return plots.tradeoffs_picture(points, "MiB at the peak" if self.gpu else "MiB of host memory that last")
+
+    def verdicts(self) -> Table:
+        """What is often said, held against the figures."""
+        rows = []
+        for said, of_gpu, judge in CLAIMS:
+            try:
+                holds, figures = (None, "") if of_gpu and self.measured and not self.gpu else judge(self)
+                rows.append([said, NEEDS_GPU if holds is None else "true here" if holds else "false here", figures])
+            except LookupError as error:
+                rows.append([said, NOT_MEASURED, error.args[0]])
+        limits = f"a speed differs from {NOISE:.0%} on, much is {MUCH:.0%} of the peak"
+        return Table(["often said", "measured", "figures"], rows, f"{self._words()}; {limits}")
+
+    def _words(self) -> str:
+        for row in self.measured.values():
+            recipe, card = row.variant.recipe, row.run.plan.card
+            return f"{recipe.model}, {recipe.effective_batch_size} × {recipe.max_length} tokens a step, on {card.name}"
+        return "nothing was measured"
+
+
+def variants(recipe: Recipe) -> dict[str, Variant]:
+    """What is measured, by name: the recipe, and the recipe with one thing changed each time."""
+
+    def change(kernel: str = "", half: bool = False, segments: bool = True, **fields) -> Variant:
+        return Variant(recipe.replace(**fields), kernel, half, segments)
+
+    short = max(8, recipe.max_length // 2)
+    return {
+        BASELINE: change(),
+        "nf4": change(method="qlora-nf4", double_quant=True),
+        "single quantization": change(method="qlora-nf4", double_quant=False),
+        "fp4": change(method="qlora-fp4", double_quant=True),
+        "int8": change(method="qlora-int8"),
+        "16-bit": change(method="lora"),
+        "keep all": change(checkpointing="none"),
+        "recompute half": change(checkpointing="none", half=True),
+        "recompute all": change(checkpointing="all"),
+        "offload all": change(checkpointing="offloaded"),
+        **{f"micro-batch {n}": change(micro_batch_size=n) for n in (1, 2, 4) if recipe.effective_batch_size % n == 0},
+        # packing comes here; it is about padding, so against rows as they are instead of pieces of one length
+        **{dtype: change(precision=dtype) for dtype in ("fp32", "fp16", "bf16")},
+        "fused AdamW": change(optimizer="adamw_torch_fused"),
+        "8-bit AdamW": change(optimizer="adamw_8bit"),
+        "paged 8-bit AdamW": change(optimizer="paged_adamw_8bit"),
+        "rank times 4": change(rank=min(1024, 4 * recipe.rank)),
+        "attention only": change(targets="attention"),
+        "fixed segments": change(segments=False),
+        **{kernel: change(kernel, micro_batch_size=1) for kernel in OWN_KERNELS},
+        **{f"{kernel}{HALF}": change(kernel, micro_batch_size=1, max_length=short) for kernel in OWN_KERNELS},
+    }
+
+
+def measure(recipe: Recipe, names: Iterable[str] | str | None = None, runs: str = "runs/tradeoffs") -> Tradeoffs:
+    """Measures variants one after the other, each in a fresh process; one that fails is a row with its reason.
+
+    Args:
+        recipe: the baseline; what it leaves to the plan is settled first, alike for all.
+        names: of `variants`, or as text with commas between; None: all of them, on a CPU those of WITHOUT_GPU.
+        runs: folder of the runs. What was measured there before, on this device and with these libraries, counts.
+
+    Raises RecipeError for a name that is no variant's.
+    """
+    device, capability = _device()
+    found = variants(_settled(recipe, capability))
+    asked = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    asked = {BASELINE, *(asked or (found if capability else found.keys() & WITHOUT_GPU))}
+    if unknown := sorted(asked - found.keys()):
+        raise RecipeError(f"no variant is called {unknown[0]!r}", f"these are: {', '.join(found)}", "take one of those")
+    rows: dict[str, Row] = {}
+    for name in (name for name in found if name in asked):
+        print(f"{len(rows) + 1} of {len(asked)}  {name}: ", end="", flush=True)
+        known = _finished(Path(runs), found[name], device)
+        rows[name] = row = Row(found[name], known) if known else _run(name, found[name], Path(runs), device)
+        memory = f"{_mib(row.peak_gib)} MiB{'' if row.at else ' of host memory'}" if row.run else ""
+        print(f"{memory}, {row.speed:,.0f} tokens/s{', as measured before' if known else ''}" if memory else row.failed)
+    return Tradeoffs(rows)
+
+
+def _settled(recipe: Recipe, capability: tuple[int, int] | None) -> Recipe:
+    """The recipe with each choice made that a plan would make otherwise for one variant than for another."""
+    optimizer = "paged_adamw_8bit" if capability and recipe.adapters else "adamw_torch_fused"
+    micro_batch_size = recipe.micro_batch_size or math.gcd(2, recipe.effective_batch_size)
+    made = {"micro_batch_size": micro_batch_size, "steps": recipe.steps or STEPS, "eval_rows": 0}
+    made |= {"optimizer": optimizer} if recipe.optimizer == "auto" else {}
+    made |= {"checkpointing": "none"} if recipe.checkpointing == "auto" else {}
+    return recipe.replace(**made, precision=choose_precision(capability, recipe.precision).dtype)
+
+
+def _device() -> tuple[str, tuple[int, int] | None]:
+    """Name and compute capability, without a CUDA context, whose memory the variants would miss."""
+    import torch
+
+    index, _ = gpu_in_use(torch)
+    if index is None:
+        return "CPU", None
+    return torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+
+
+def _key(variant: Variant, device: str) -> str:
+    """Of all that the figures depend on."""
+    versions = [importlib.metadata.version(name) for name in LIBRARIES]
+    return hashlib.sha256(json.dumps([dataclasses.asdict(variant), device, versions]).encode()).hexdigest()[:10]
+
+
+def _finished(runs: Path, variant: Variant, device: str) -> Run | None:
+    for folder in runs.glob(f"*-{_key(variant, device)}*"):
+        with contextlib.suppress(RecipeError):
+            if (run := Run.open(folder)).status == FINISHED:
+                return run
+    return None
+
+
+def _run(name: str, variant: Variant, runs: Path, device: str) -> Row:
+    """Trains a variant in a process of its own."""
+    if device == "CPU" and variant.needs_gpu:
+        return Row(variant, failed=NEEDS_GPU)
+    env = {name: value for name, value in os.environ.items() if name != "PYTORCH_CUDA_ALLOC_CONF"}
+    env["PYTORCH_ALLOC_CONF"] = f"expandable_segments:{variant.segments}"
+    folder = f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{_key(variant, device)}"
+    command = [sys.executable, "-m", "llamanb.tradeoffs", json.dumps(dataclasses.asdict(variant)), str(runs), folder]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if run := _finished(runs, variant, device):
+        return Row(variant, run)
+    said = [line for line in done.stderr.splitlines() if line.strip() and done.returncode > 0]
+    return Row(variant, failed=said[-1].strip()[:300] if said else f"its process ended with {done.returncode}")
+
+
+def train_variant(variant: Variant, runs: str, name: str) -> None:
+    """Trains a variant in this process, its attention kernels switched for good; the adapter is not kept."""
+    recipe, data = variant.recipe, _pieces(variant.recipe)
+    made = plan(recipe, None, data, force=True)
+    if variant.half:
+        layers = architecture(recipe.model, recipe.revision).layers
+        kinds = (CHECKPOINTED,) * (layers // 2) + (STORED,) * (layers - layers // 2)
+        made = made.replace(layers=kinds, memory=None, time=None)
+    if variant.kernel:
+        import torch
+
+        attention = EXPANDED_ATTENTION if variant.kernel == "memory-efficient" else "sdpa"
+        made = made.replace(kernel=variant.kernel, attention=attention, memory=None, time=None)
+        for kernel, (_, switch) in KERNELS.items():
+            getattr(torch.backends.cuda, f"enable_{switch}_sdp")(kernel in (variant.kernel, "math"))
+    shutil.rmtree(train(made, data, name=name, runs=runs).saved)
+
+
+def _pieces(recipe: Recipe) -> TrainingData:
+    """The rows glued together and cut into pieces of max_length tokens, as many as the steps take: every micro-batch
+    then has the same shape."""
+    data = load_data(recipe.replace(max_length=131072, long_rows="skip"))  # no row is too long to be cut
+    tokens = itertools.cycle([pair for row in data.train for pair in zip(row.input_ids, row.labels, strict=True)])
+    pieces: list[Encoded] = []
+    while len(pieces) < recipe.steps * recipe.effective_batch_size:
+        ids, labels = map(list, zip(*itertools.islice(tokens, recipe.max_length), strict=True))
+        if any(label != IGNORE for label in labels[1:]):
+            pieces.append(Encoded(ids, labels))
+    return dataclasses.replace(data, train=pieces)
+
+
+def _mib(gib: float) -> str:
+    return f"{1024 * gib:,.0f}" if gib > 0.1 else f"{1024 * gib:.1f}"
+
+
+def _faster(these: Tradeoffs, one: str, other: str) -> tuple[bool, str]:
+    ratio = these.ran(one).speed / these.ran(other).speed
+    return ratio > 1 + NOISE, f"{one} has {ratio:.2f} times the speed of {other}"
+
+
+def _takes(these: Tradeoffs, one: str, other: str, sign: int) -> tuple[bool, str]:
+    """Whether the first peaks much higher (sign 1) or much lower (-1) than the other."""
+    size, against = these.ran(one).peak_gib, these.ran(other).peak_gib
+    figures = f"{one} peaks at {_mib(size)} MiB, {other} at {_mib(against)} ({size / against - 1:+.1%})"
+    return sign * (size - against) > MUCH * against, figures
+
+
+def _pages_parameters(these: Tradeoffs) -> tuple[bool, str]:
+    held = [these.ran(name).run.buckets_gib for name in ("paged 8-bit AdamW", "8-bit AdamW")]
+    paged, plain = (sum(one.values()) - one.get(GRADIENTS, 0.0) - one.get(OPTIMIZER, 0.0) for one in held)
+    return paged < 0.99 * plain, f"weights and adapters on the GPU: {_mib(paged)} MiB paged, {_mib(plain)} not"
+
+
+def _square(these: Tradeoffs, kernel: str, beside: str = "") -> tuple[bool, str]:
+    """Whether activations, or what a kernel adds to another's, grow faster than the length to the power of 1.5."""
+    rows = [these.ran(kernel + at) for at in (HALF, "")]
+    less = [these.ran(beside + at).activations_gib if beside else 0.0 for at in (HALF, "")]
+    small, large = (row.activations_gib - other for row, other in zip(rows, less, strict=True))
+    if min(small, large) <= 0:
+        raise LookupError("the activations are too small to be told from the rest")
+    times = rows[1].variant.recipe.max_length / rows[0].variant.recipe.max_length
+    what = f"what {kernel} adds to {beside}" if beside else f"activations, {kernel}"
+    sizes = f"{_mib(small)} MiB, and {_mib(large)} at {times:.1f} times the length"
+    return math.log(large / small, times) > 1.5, f"{what}: {sizes}, {large / small:.1f} times as much"
+
+
+def _all_needed(these: Tradeoffs) -> tuple[bool, str]:
+    every = these.ran("recompute all")
+    for name in ("keep all", "recompute half"):
+        if name in these.rows and "out of memory" in these.rows[name].failed.lower():
+            continue
+        fits = these.ran(name)
+        sizes = f"{_mib(fits.reserved_gib)} MiB reserved instead of {_mib(every.reserved_gib)}"
+        return False, f"{name} fits too: {sizes}, at {fits.speed / every.speed:.2f} times the speed"
+    return True, f"with fewer memory ran out; with all, {_mib(every.reserved_gib)} MiB are reserved"
+
+
+CLAIMS = (
+    ("int8 is faster than 4-bit", True, lambda these: _faster(these, "int8", "nf4")),
+    ("4-bit is slower than 16-bit", False, lambda these: _faster(these, "16-bit", "nf4")),
+    ("double quantization saves much memory", True, lambda these: _takes(these, "nf4", "single quantization", -1)),
+    ("PagedAdamW moves the parameters to host memory", True, _pages_parameters),
+    ("PagedAdamW saves much memory", True, lambda these: _takes(these, "paged 8-bit AdamW", "8-bit AdamW", -1)),
+    ("activations grow with the square of the length", True, lambda these: _square(these, "memory-efficient")),
+    ("they do without a memory-efficient kernel", True, lambda these: _square(these, "math", "memory-efficient")),
+    ("gradient accumulation costs speed", False, lambda these: _faster(these, "micro-batch 4", "micro-batch 1")),
+    ("all layers must be checkpointed", True, _all_needed),
+    ("a higher rank needs much more memory", True, lambda these: _takes(these, "rank times 4", BASELINE, 1)),
+)
+"""What is said, whether it is about a GPU, and what judges it."""
+
+
+def main(asked: str, runs: str = "runs/tradeoffs", names: str | None = None) -> None:
+    fields = json.loads(asked)
+    if "recipe" in fields:  # one variant, asked for by `measure`
+        try:
+            return train_variant(Variant(Recipe.from_dict(fields.pop("recipe")), **fields), runs, names)
+        except LlamanbError as error:
+            sys.exit(f"{error.what}: {error.why}".replace("\n", " "))
+    found = measure(Recipe.from_dict(fields), names, runs=runs)
+    text = "\n\n".join(map(str, (found.table(), found.memory(), found.verdicts())))
+    (Path(runs) / "tradeoffs.txt").write_text(f"{text}\n", encoding="utf-8")
+    found.picture().save(Path(runs) / "tradeoffs.png")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
