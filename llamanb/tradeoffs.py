@@ -231,11 +231,12 @@ def measure(recipe: Recipe, names: Iterable[str] | str | None = None, runs: str 
         raise RecipeError(f"no variant is called {unknown[0]!r}", f"these are: {', '.join(found)}", "take one of those")
     rows: dict[str, Row] = {}
     for name in (name for name in found if name in asked):
-        print(f"{len(rows) + 1} of {len(asked)}  {name}: ", end="", flush=True)
         known = _finished(Path(runs), found[name], device)
         rows[name] = row = Row(found[name], known) if known else _run(name, found[name], Path(runs), device)
-        memory = f"{_mib(row.peak_gib)} MiB{'' if row.at else ' of host memory'}" if row.run else ""
-        print(f"{memory}, {row.speed:,.0f} tokens/s{', as measured before' if known else ''}" if memory else row.failed)
+        words = row.failed
+        if row.run:
+            words = f"{_mib(row.peak_gib)} MiB{'' if row.at else ' of host memory'}, {row.speed:,.0f} tokens/s"
+        print(f"{len(rows)} of {len(asked)}  {name}: {words}{', as measured before' if known else ''}", flush=True)
     return Tradeoffs(rows)
 
 
