@@ -21,7 +21,7 @@ from llamanb.errors import LlamanbError
 from llamanb.html import Bar, Table
 from llamanb.layout import GIB, Plan
 from llamanb.memory import SEEN, outline
-from llamanb.planner import workload
+from llamanb.planner import search, workload
 from llamanb.tape.workload import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, TEMPORARIES, WEIGHTS
 from llamanb.timeline import Timeline
 from llamanb.watch.buckets import lasting_bytes
@@ -31,6 +31,8 @@ EARLIER, OTHERS, GAPS, CONTEXT = "earlier cells of this notebook", "other proces
 MESSAGES = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out")
 MAKING = {"load": WEIGHTS, "forward": ACTIVATIONS, "loss": LOSS, "backward": ACTIVATIONS, "optimizer step": OPTIMIZER}
 """What each phase makes beside what can be counted."""
+LEAST_GIB = 0.1
+"""What is planned with where nothing is left."""
 ALIKE = 0.9
 """Of the largest bucket: what is as large may be named instead of it."""
 
@@ -71,22 +73,27 @@ class Scene:
             torch.cuda.empty_cache()
 
     def explain(self, error: BaseException, timeline: Timeline) -> OutOfMemoryError | None:
-        """The error as a person can act on it; None where it is no lack of the GPU's memory."""
-        plan, phase = self.plan, timeline.phase
-        if not (plan.card.is_gpu and plan.memory and is_out_of_memory(error)):
+        """The error as a person can act on it; None where it is no lack of the GPU's memory, or where a GPU in that
+        state no longer answers."""
+        if not (self.plan.card.is_gpu and self.plan.memory and is_out_of_memory(error)):
             return None
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(OSError, RuntimeError):  # the disk may be full too
             torch.cuda.memory._dump_snapshot(str(self.folder / SNAPSHOT))
+        with contextlib.suppress(LlamanbError, RuntimeError):  # then torch's own words stand
+            return self._explain(error, timeline.phase)
+
+    def _explain(self, error: BaseException, phase: str) -> OutOfMemoryError:
+        plan = self.plan
         held, planned, asked = self._held(phase), _planned(plan, phase), _asked(error)
         held[MAKING.get(phase, ACTIVATIONS)] += asked
         bucket = _culprit(plan, phase, held, planned)
-        grown = held.get(bucket, 0) - planned.get(bucket, 0)
         room = _room()
-        changes = self._changes(held, room, 1.0 if bucket in (EARLIER, OTHERS) else _underrated(held, planned))
+        missed = 0 if bucket in (EARLIER, OTHERS) else _missed(held, planned)
+        changes = self._changes(held, room, missed, by_rows=MAKING.get(phase) in (ACTIVATIONS, LOSS))
         what = f"out of memory in the phase {phase!r}, on {bucket}"
         why = f"{asked / GIB:.2f} GiB more were asked for. " if asked else ""
         why += f"{bucket}: {held.get(bucket, 0) / GIB:.2f} GiB, {max(0, planned.get(bucket, 0)) / GIB:.2f} planned"
-        if grown <= 0:
+        if not plan.fits:
             why += "; the plan said that it would not fit, and was forced"
         fix = str(changes.rows[0][0]) if changes.rows else "no single change is enough: a smaller model, shorter rows"
         caption = f"what the GPU held in that phase; torch's own record of it: {self.folder / SNAPSHOT}"
@@ -110,11 +117,20 @@ class Scene:
         others = max(0, total - free - reserved - context) if whole else 0
         return held | {EARLIER: self._earlier, GAPS: reserved - allocated, CONTEXT: context, OTHERS: others}
 
-    def _changes(self, held: dict[str, int], room: int, underrated: float) -> Table:
-        """What would fit into `room` bytes, if the plan is wrong by that factor again."""
+    def _changes(self, held: dict[str, int], room: int, missed: int, *, by_rows: bool) -> Table:
+        """What would fit into `room` bytes, if the plan is wrong by `missed` again, or by less where that grows with
+        the rows computed at once."""
         plan, model = self.plan, architecture(self.plan.recipe.model, self.plan.recipe.revision)
-        left = replace(plan.card, free_gib=(room - held[EARLIER]) / underrated / GIB)
-        found = changes_that_fit(plan.recipe.replace(max_length=plan.length), left, model)
+        recipe, left = plan.recipe.replace(max_length=plan.length), (room - held[EARLIER]) / GIB
+        made = changes_that_fit(recipe, replace(plan.card, free_gib=max(left - missed / GIB, LEAST_GIB)), model)
+        found = Table(made.headers, made.rows, made.caption)
+        if missed:  # a larger card was planned for as if nothing were wrong
+            found.rows = [row for row in found.rows if not row[0].startswith("a larger card")]
+        if missed and by_rows and plan.micro_batch_size > 1:
+            single = search(recipe.replace(micro_batch_size=1), replace(plan.card, free_gib=left), model, force=True)
+            needs = single.needs_gib + missed / GIB / plan.micro_batch_size
+            if needs <= left:
+                found.rows.insert(0, ["micro_batch_size = 1", f"about {needs:.2f} GiB", "nothing that is learned"])
         for bucket, words in ((OTHERS, "end them: 00_check_gpu lists them"), (EARLIER, "restart the kernel")):
             if held[bucket] > 0.02 * (room + held[OTHERS]) and plan.needs_gib * GIB <= room + held[OTHERS]:
                 row = [f"free what {bucket} hold ({words})", f"{plan.needs_gib:.2f} GiB", "nothing that is learned"]
@@ -155,16 +171,16 @@ def _planned(plan: Plan, phase: str) -> dict[str, int]:
     return found
 
 
-def _underrated(held: dict[str, int], planned: dict[str, int]) -> float:
-    """How many times the plan's memory the training took."""
+def _missed(held: dict[str, int], planned: dict[str, int]) -> int:
+    """Bytes that the training took beyond its plan."""
     took = sum(size for name, size in held.items() if name not in (OTHERS, CONTEXT, EARLIER))
-    return max(1.0, took / sum(size for name, size in planned.items() if name != OTHERS))
+    return max(0, took - sum(size for name, size in planned.items() if name != OTHERS))
 
 
 def _culprit(plan: Plan, phase: str, held: dict[str, int], planned: dict[str, int]) -> str:
     """The bucket that grew most beyond a plan that fits; of one that was forced, the largest."""
     counted = {name: held.get(name, 0) for name in {**planned, **held} if name != CONTEXT}
-    if plan.needs_gib <= plan.limit_gib:
+    if plan.fits:
         return max(counted, key=lambda name: counted[name] - planned.get(name, 0))
     expected = {name: max(size, planned.get(name, 0)) for name, size in counted.items()}
     largest = max(expected, key=expected.get)

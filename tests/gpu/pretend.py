@@ -36,7 +36,7 @@ def main(recipe_json: str, runs: str) -> None:
         "seen_gib": {part: round(size, 3) for part, size in run.timeline.peaks_gib.items()},
         "losses": [round(loss, 4) for loss in run.losses],
         "step_s": round(run.train_s / len(run.timeline.steps), 3),
-        "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+        "allocated_gib": round(max(run.timeline.peaks_gib.values()), 3),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
         "device_gib": round(run.peak_gib, 3),
         "expandable_segments": torch.cuda.memory._snapshot()["allocator_settings"].get("expandable_segments"),

@@ -31,7 +31,8 @@ def places(tmp_path_factory):
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_the_card_names_the_right_bucket(cause, places):
-    command = [sys.executable, "-m", "tests.gpu.out_of_memory", cause, *[str(places)] * 2, str(places / "runs")]
+    runs = places / f"runs {cause}"
+    command = [sys.executable, "-m", "tests.gpu.out_of_memory", cause, *[str(places)] * 2, str(runs)]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     print("\n" + process.stdout)
@@ -42,5 +43,5 @@ def test_the_card_names_the_right_bucket(cause, places):
     assert phase is None or result["phase"] == phase
     assert result["changes"], "something would fit"
     assert result["left_gib"] < (8.2 if bucket == EARLIER else 0.2), "the model is let go"
-    for snapshot in places.glob("runs/*/memory_snapshot.pickle"):
-        assert pickle.loads(snapshot.read_bytes())["segments"]
+    snapshot = pickle.loads((runs / "oom" / "memory_snapshot.pickle").read_bytes())
+    assert snapshot["segments"] or result["phase"] == "load"

@@ -120,14 +120,17 @@ def test_a_forced_plan_names_the_largest_of_what_it_wanted(tmp_path, monkeypatch
     assert (error.phase, error.bucket) == (phase, bucket)
 
 
-def test_each_change_is_planned_for_what_there_really_was(tmp_path, monkeypatch):
-    """The plan was half of what came: only what fits twice is offered."""
-    made = planned()
-    size = gib(made, "backward")
-    error = explained(made, "backward", tmp_path, Gpu(monkeypatch, allocated=13.9), error=_asks(2 * size - 13.9))
-    for row in error.changes.rows:
-        if not row[0].startswith("a larger card"):
-            assert float(row[1].split()[0]) < 7.3, row
+def test_each_change_is_planned_as_if_the_plan_were_wrong_again(tmp_path, monkeypatch):
+    made = planned(micro_batch_size=4)
+    missed = 12.0
+    amount = gib(made, "backward", *[*_planned(made, "backward").keys() - {OTHERS}]) + missed - 13.9
+    error = explained(made, "backward", tmp_path, Gpu(monkeypatch, allocated=13.9), error=_asks(amount))
+    change, needs, _ = error.changes.rows[0]
+    assert change == "micro_batch_size = 1", "a quarter of the rows, a quarter of what was missed"
+    single = planned(micro_batch_size=1, effective_batch_size=4)
+    assert float(needs.split()[1]) == pytest.approx(single.needs_gib + missed / 4, abs=0.05)
+    for change, needs, _ in error.changes.rows[1:]:
+        assert float(needs.split()[0]) < 14.4 - missed, change
 
 
 def _asks(amount):
