@@ -43,7 +43,7 @@ from llamanb.training import LIBRARIES, train
 from llamanb.trials import KERNELS
 
 BASELINE = "baseline"
-WITHOUT_GPU = {BASELINE, "nf4", "16-bit", "recompute all", "micro-batch 1", "micro-batch 4"}
+WITHOUT_GPU = {BASELINE, "nf4", "unquantized", "recompute all", "micro-batch 1", "micro-batch 4"}
 """What a CPU measures unless more is asked for: where there is something to see."""
 STEPS = 12
 NOISE, MUCH = 0.05, 0.10
@@ -177,7 +177,8 @@ class Tradeoffs:
     def _words(self) -> str:
         for row in self.measured.values():
             recipe, card = row.variant.recipe, row.run.plan.card
-            return f"{recipe.model}, {recipe.effective_batch_size} × {recipe.max_length} tokens a step, on {card.name}"
+            shape = f"{recipe.effective_batch_size} × {recipe.max_length} tokens a step"
+            return f"{recipe.model}, {shape}, {recipe.precision}, on {card.name}"
         return "nothing was measured"
 
 
@@ -194,7 +195,7 @@ def variants(recipe: Recipe) -> dict[str, Variant]:
         "single quantization": change(method="qlora-nf4", double_quant=False),
         "fp4": change(method="qlora-fp4", double_quant=True),
         "int8": change(method="qlora-int8"),
-        "16-bit": change(method="lora"),
+        "unquantized": change(method="lora"),
         "keep all": change(checkpointing="none"),
         "recompute half": change(checkpointing="none", half=True),
         "recompute all": change(checkpointing="all"),
@@ -285,7 +286,7 @@ def _run(name: str, variant: Variant, runs: Path, device: str) -> Row:
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if run := _finished(runs, variant, device):
         return Row(variant, run)
-    said = [line for line in done.stderr.splitlines() if line.strip() and done.returncode > 0]
+    said = [line for line in done.stderr.splitlines() if "Error: " in line and done.returncode > 0]
     return Row(variant, failed=said[-1].strip()[:300] if said else f"its process ended with {done.returncode}")
 
 
@@ -368,7 +369,7 @@ def _all_needed(these: Tradeoffs) -> tuple[bool, str]:
 
 CLAIMS = (
     ("int8 is faster than 4-bit", True, lambda these: _faster(these, "int8", "nf4")),
-    ("4-bit is slower than 16-bit", False, lambda these: _faster(these, "16-bit", "nf4")),
+    ("quantizing to 4 bits costs speed", False, lambda these: _faster(these, "unquantized", "nf4")),
     ("double quantization saves much memory", True, lambda these: _takes(these, "nf4", "single quantization", -1)),
     ("PagedAdamW moves the parameters to host memory", True, _pages_parameters),
     ("PagedAdamW saves much memory", True, lambda these: _takes(these, "paged 8-bit AdamW", "8-bit AdamW", -1)),
@@ -387,7 +388,7 @@ def main(asked: str, runs: str = "runs/tradeoffs", names: str | None = None) -> 
         try:
             return train_variant(Variant(Recipe.from_dict(fields.pop("recipe")), **fields), runs, names)
         except LlamanbError as error:
-            sys.exit(f"{error.what}: {error.why}".replace("\n", " "))
+            sys.exit(f"{type(error).__name__}: {error.what}: {error.why}".replace("\n", " "))
     found = measure(Recipe.from_dict(fields), names, runs=runs)
     text = "\n\n".join(map(str, (found.table(), found.memory(), found.verdicts())))
     (Path(runs) / "tradeoffs.txt").write_text(f"{text}\n", encoding="utf-8")

@@ -62,7 +62,7 @@ def pair(one: str, other: str, **figures) -> dict:
 
 SPEEDS = {
     "int8 is faster than 4-bit": ("int8", "nf4"),
-    "4-bit is slower than 16-bit": ("16-bit", "nf4"),
+    "quantizing to 4 bits costs speed": ("unquantized", "nf4"),
     "gradient accumulation costs speed": ("micro-batch 4", "micro-batch 1"),
 }
 
@@ -168,7 +168,7 @@ def test_on_a_cpu_memory_is_the_host_s_and_verdicts_on_a_gpu_s_need_one():
     found = Tradeoffs({name: row(name, gpu=False) for name in FOUND})
     for said, judged, _ in found.verdicts().rows:
         assert (judged == NEEDS_GPU) == (
-            said not in ("4-bit is slower than 16-bit", "gradient accumulation costs speed")
+            said not in ("quantizing to 4 bits costs speed", "gradient accumulation costs speed")
         )
     assert found.table().headers[1] == "lasting host memory, MiB"
     assert found.table().rows[0] == ["baseline", "1,000", "1,000", "+0%", "0.500"]
@@ -205,7 +205,7 @@ def test_a_gpu_s_table_has_peaks_and_reserved_and_a_failure_its_reason():
     ]
     assert [line[0] for line in found.memory().rows] == ["baseline", "fp4"]
     assert repr(found.picture()).count("tokens/s") == 2
-    assert "4 × 64 tokens a step, on T4" in found.table().caption
+    assert "4 × 64 tokens a step, auto, on T4" in found.table().caption
 
 
 def test_one_run_under_two_names_is_one_point():
@@ -281,9 +281,9 @@ class Child:
 def test_what_was_measured_is_not_run_again(tmp_path, monkeypatch, capsys):
     child = Child()
     monkeypatch.setattr(tradeoffs.subprocess, "run", child)
-    found = measure(RECIPE, "16-bit, nf4, fixed segments", runs=tmp_path)
-    assert [name.rpartition("-")[0] for _, name, _ in child.asked] == ["baseline", "16-bit"]
-    assert list(found.rows) == ["baseline", "nf4", "16-bit", "fixed segments"]
+    found = measure(RECIPE, "unquantized, nf4, fixed segments", runs=tmp_path)
+    assert [name.rpartition("-")[0] for _, name, _ in child.asked] == ["baseline", "unquantized"]
+    assert list(found.rows) == ["baseline", "nf4", "unquantized", "fixed segments"]
     assert found.rows["nf4"].run.folder == found.rows["baseline"].run.folder
     assert found.rows["fixed segments"].failed == NEEDS_GPU
     lines = capsys.readouterr().out.splitlines()
@@ -291,9 +291,9 @@ def test_what_was_measured_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert lines[1].endswith("1,000 tokens/s, as measured before")
     assert lines[3] == "4 of 4  fixed segments: needs a GPU"
 
-    measure(RECIPE, ["16-bit", "int8"], runs=tmp_path)
+    measure(RECIPE, ["unquantized", "int8"], runs=tmp_path)
     assert [name.rpartition("-")[0] for _, name, _ in child.asked[2:]] == ["int8"]
-    measure(RECIPE.replace(rank=8), ["16-bit"], runs=tmp_path)
+    measure(RECIPE.replace(rank=8), ["unquantized"], runs=tmp_path)
     assert len(child.asked) == 5  # another recipe, other runs
     monkeypatch.setattr(tradeoffs, "_device", lambda: ("a GPU", (9, 0)))
     measure(tradeoffs._settled(RECIPE, None), "fixed segments", runs=tmp_path)
@@ -316,8 +316,8 @@ def test_a_run_that_did_not_end_is_run_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("stderr", "returncode", "reason"),
     [
-        (f"a warning\nTraceback\n{OUT}\n\n", 1, OUT),
-        ("half a word", -9, "its process ended with -9"),
+        (f"ValueWarning\nTraceback\n{OUT}\n\na warning at the end", 1, OUT),
+        ("SomeError: and then it was killed", -9, "its process ended with -9"),
         ("", 3, "its process ended with 3"),
     ],
 )
