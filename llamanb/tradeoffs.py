@@ -151,15 +151,16 @@ class Tradeoffs:
         buckets = list(dict.fromkeys(bucket for row in measured.values() for bucket in row.run.buckets_gib))
         rows = []
         for name, row in measured.items():
-            peaks = (_mib(row.run.timeline.peaks_gib.get(part, 0.0)) for part in parts)
-            rows.append([name, *(_mib(row.run.buckets_gib.get(bucket, 0.0)) for bucket in buckets), *peaks])
+            held, peaks = row.run.buckets_gib, row.run.timeline.peaks_gib
+            rows.append([name, *(_mib(held.get(b, 0.0)) for b in buckets), *(_mib(peaks.get(p, 0.0)) for p in parts)])
         where = "GPU memory, MiB: what lasts, and the peak of each part" if self.gpu else "host memory, MiB: what lasts"
         return Table(["variant", *buckets, *(f"{part}: peak" for part in parts)], rows, where)
 
     def picture(self) -> plots.Picture:
         """Memory against speed."""
-        once = {row.run.folder: name for name, row in reversed(self.measured.items())}
-        points = {name: (1024 * self.rows[name].peak_gib, self.rows[name].speed) for name in reversed(once.values())}
+        first = {row.run.folder: name for name, row in reversed(self.measured.items())}
+        shown = {name: row for name, row in self.measured.items() if first[row.run.folder] == name}
+        points = {name: (1024 * row.peak_gib, row.speed) for name, row in shown.items()}
         return plots.tradeoffs_picture(points, "MiB at the peak" if self.gpu else "MiB of host memory that last")
 
     def verdicts(self) -> Table:
@@ -234,10 +235,9 @@ def measure(recipe: Recipe, names: Iterable[str] | str | None = None, runs: str 
     for name in (name for name in found if name in asked):
         known = _finished(Path(runs), found[name], device)
         rows[name] = row = Row(found[name], known) if known else _run(name, found[name], Path(runs), device)
-        words = row.failed
-        if row.run:
-            words = f"{_mib(row.peak_gib)} MiB{'' if row.at else ' of host memory'}, {row.speed:,.0f} tokens/s"
-        print(f"{len(rows)} of {len(asked)}  {name}: {words}{', as measured before' if known else ''}", flush=True)
+        words = f"{_mib(row.peak_gib)} MiB{'' if row.at else ' of host memory'}" if row.run else row.failed
+        words += f", {row.speed:,.0f} tokens/s{', as measured before' if known else ''}" if row.run else ""
+        print(f"{len(rows)} of {len(asked)}  {name}: {words}", flush=True)
     return Tradeoffs(rows)
 
 
