@@ -38,7 +38,7 @@ from llamanb.planner import plan
 from llamanb.recipe import Recipe
 from llamanb.run import FINISHED, Run
 from llamanb.tape import CHECKPOINTED, STORED
-from llamanb.tape.workload import GRADIENTS, OPTIMIZER
+from llamanb.tape.workload import ADAPTERS, OPTIMIZER
 from llamanb.training import LIBRARIES, train
 from llamanb.trials import KERNELS
 
@@ -149,10 +149,8 @@ class Tradeoffs:
         """By bucket what lasts, and on a GPU the peak of each part of a training, in MiB."""
         measured, parts = self.measured, list(SEEN) if self.gpu else []
         buckets = list(dict.fromkeys(bucket for row in measured.values() for bucket in row.run.buckets_gib))
-        rows = []
-        for name, row in measured.items():
-            held, peaks = row.run.buckets_gib, row.run.timeline.peaks_gib
-            rows.append([name, *(_mib(held.get(b, 0.0)) for b in buckets), *(_mib(peaks.get(p, 0.0)) for p in parts)])
+        seen = {name: row.run.buckets_gib | row.run.timeline.peaks_gib for name, row in measured.items()}
+        rows = [[name, *(_mib(sizes.get(what, 0.0)) for what in (*buckets, *parts))] for name, sizes in seen.items()]
         where = "GPU memory, MiB: what lasts, and the peak of each part" if self.gpu else "host memory, MiB: what lasts"
         return Table(["variant", *buckets, *(f"{part}: peak" for part in parts)], rows, where)
 
@@ -256,13 +254,11 @@ def _device() -> tuple[str, tuple[int, int] | None]:
     import torch
 
     index, _ = gpu_in_use(torch)
-    if index is None:
-        return "CPU", None
-    return torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    gpu = index is not None
+    return (torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)) if gpu else ("CPU", None)
 
 
 def _key(variant: Variant, device: str) -> str:
-    """Of all that the figures depend on."""
     versions = [importlib.metadata.version(name) for name in LIBRARIES]
     return hashlib.sha256(json.dumps([dataclasses.asdict(variant), device, versions]).encode()).hexdigest()[:10]
 
@@ -338,9 +334,11 @@ def _takes(these: Tradeoffs, one: str, other: str, sign: int) -> tuple[bool, str
 
 
 def _pages_parameters(these: Tradeoffs) -> tuple[bool, str]:
-    held = [these.ran(name).run.buckets_gib for name in ("paged 8-bit AdamW", "8-bit AdamW")]
-    paged, plain = (sum(one.values()) - one.get(GRADIENTS, 0.0) - one.get(OPTIMIZER, 0.0) for one in held)
-    return paged < 0.99 * plain, f"weights and adapters on the GPU: {_mib(paged)} MiB paged, {_mib(plain)} not"
+    """Whether paging takes more off the peak than the optimizer's states are: torch counts nothing that is paged."""
+    paged, plain = these.ran("paged 8-bit AdamW"), these.ran("8-bit AdamW")
+    gone, states, adapters = plain.peak_gib - paged.peak_gib, *map(plain.run.buckets_gib.get, (OPTIMIZER, ADAPTERS))
+    sizes = f"the optimizer's states are {_mib(states)}, adapters {_mib(adapters)}, all that lasts"
+    return gone > states + adapters / 2, f"the peak falls by {_mib(gone)} MiB; {sizes} {_mib(plain.lasting_gib)}"
 
 
 def _square(these: Tradeoffs, kernel: str, beside: str = "") -> tuple[bool, str]:
@@ -391,6 +389,7 @@ def main(asked: str, runs: str = "runs/tradeoffs", names: str | None = None) -> 
             sys.exit(f"{type(error).__name__}: {error.what}: {error.why}".replace("\n", " "))
     found = measure(Recipe.from_dict(fields), names, runs=runs)
     text = "\n\n".join(map(str, (found.table(), found.memory(), found.verdicts())))
+    Path(runs).mkdir(parents=True, exist_ok=True)  # not there where nothing could be run
     (Path(runs) / "tradeoffs.txt").write_text(f"{text}\n", encoding="utf-8")
     found.picture().save(Path(runs) / "tradeoffs.png")
     print(f"\n{text}")
