@@ -18,7 +18,7 @@ from llamanb.nvml import first_line
 from llamanb.plots import Picture
 from llamanb.timeline import Timeline
 
-RUNNING, FINISHED = "running", "finished"
+RUNNING, FINISHED, INTERRUPTED = "running", "finished", "interrupted"
 FILES = {
     "adapter": "what was trained, with tokenizer and model card",
     "model": "what was trained, with tokenizer and model card",
@@ -42,7 +42,7 @@ class Run:
     scores: Comparison | None = None
     """Before and after; None where no row was held out."""
     status: str = RUNNING
-    """RUNNING, FINISHED, or in a word why it ended."""
+    """RUNNING, FINISHED, INTERRUPTED, or in words why it ended."""
     train_s: float = 0.0
     """Seconds from the first step to the last."""
     buckets_gib: dict[str, float] = field(default_factory=dict)

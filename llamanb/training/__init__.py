@@ -10,7 +10,7 @@ from llamanb import __version__, hub
 from llamanb.data import TrainingData, load_data
 from llamanb.errors import RecipeError
 from llamanb.layout import GIB, Plan
-from llamanb.run import FINISHED, Run, new_folder
+from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
 
 __all__ = ["Run", "train"]
 
@@ -29,7 +29,8 @@ def train(
     runs: str | Path = "runs",
     report_to: str = "none",
 ) -> Run:
-    """Fine-tunes as the plan says; scores before and after; saves all of it.
+    """Fine-tunes as the plan says; scores before and after; saves all of it. An interrupt (Ctrl-C, the kernel's stop
+    button) ends training after the step at hand, and what was learned is saved and scored.
 
     Args:
         plan: from `plan(recipe)`.
@@ -85,7 +86,14 @@ def _train(run: Run, data: TrainingData, scene, report_to: str) -> Run:
 
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model, write_model_card
-    from llamanb.training.trainer import StopAfter, build_trainer, let_go, use_threads_that_pay, warn_of_gaps
+    from llamanb.training.trainer import (
+        StopAfter,
+        StopOnInterrupt,
+        build_trainer,
+        let_go,
+        use_threads_that_pay,
+        warn_of_gaps,
+    )
     from llamanb.watch.instants import Instants
     from llamanb.watch.live import LiveView
 
@@ -108,15 +116,21 @@ def _train(run: Run, data: TrainingData, scene, report_to: str) -> Run:
         print(f"scoring {len(data.held_out)} held-out rows before training", flush=True)
         before = evaluate(model, data)
 
-    watchers = [LiveView(timeline, folder), *callbacks]
+    interrupt = StopOnInterrupt()
+    watchers = [LiveView(timeline, folder), interrupt, *callbacks]
     trainer = scene.trainer = build_trainer(plan, model, data, folder, watchers, report_to)
     instants.attach(trainer)
     try:
-        result = trainer.train()
+        with interrupt:
+            result = trainer.train()
     finally:
         let_go()
     lasting = {bucket: size / GIB for bucket, size in instants.lasting.items()}
-    run = run.replace(status=FINISHED, train_s=result.metrics["train_runtime"], buckets_gib=lasting)
+    run = run.replace(
+        status=INTERRUPTED if interrupt.asked else FINISHED,
+        train_s=result.metrics["train_runtime"],
+        buckets_gib=lasting,
+    )
     instants.begins("save")  # before anything else can fail
     saved = save_model(model, data.tokenizer, plan, folder)
     run.save()

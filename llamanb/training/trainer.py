@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -126,6 +128,36 @@ class StopAfter(TrainerCallback):
         if time.monotonic() >= self._end_s:
             control.should_training_stop = True
             self.stopped_at_step = state.global_step
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ends training at the end of a step when the kernel is interrupted (Ctrl-C); a second interrupt ends it at once.
+
+    A context manager around `trainer.train()`. Outside of the main thread, where Python hands no signals, it does
+    nothing.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> StopOnInterrupt:
+        self._before = None
+        with contextlib.suppress(ValueError):
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("interrupted: ending after this step and saving; once more ends at once", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= self.asked
 
 
 def _dataset(rows: list[Encoded]) -> Dataset:

@@ -1,7 +1,9 @@
 import csv
 import json
 import math
+import signal
 import sys
+import threading
 import time
 import warnings
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from llamanb import Card, Recipe, load_adapter, load_data, plan, plots, train
+from llamanb import Card, Recipe, load_adapter, load_data, plan, plots, show_run, train
 from llamanb.errors import ModelError, RecipeError
 from llamanb.evaluate import answer, evaluate
 from llamanb.training.trainer import StopAfter, build_trainer, widen_trained
@@ -293,3 +295,63 @@ def test_a_reporter_that_is_not_there_is_refused_before_anything_is_loaded(recip
     with pytest.raises(RecipeError, match=why):
         train(plan(recipe(), CPU), runs=tmp_path, report_to=name)
     assert not list(tmp_path.glob("run*"))
+
+
+class _Interrupts(TrainerCallback):
+    """Sends this process an interrupt at the beginning of a step, as a kernel's stop button does."""
+
+    def __init__(self, *steps):
+        self.steps = list(steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        while self.steps and self.steps[0] == state.global_step + 1:
+            self.steps.pop(0)
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """`interrupted(2, 2)`: a trainer's callbacks, with interrupts in those steps."""
+    from llamanb.training import trainer
+
+    def at(*steps):
+        build = trainer.build_trainer
+
+        def built(plan, model, data, folder, callbacks, *rest):
+            return build(plan, model, data, folder, [*callbacks, _Interrupts(*steps)], *rest)
+
+        monkeypatch.setattr(trainer, "build_trainer", built)
+
+    return at
+
+
+def test_an_interrupt_ends_after_the_step_and_what_was_learned_is_there(recipe, tmp_path, interrupted, capsys):
+    interrupted(2)
+    before = signal.getsignal(signal.SIGINT)
+    run = train(plan(recipe(steps=20), CPU), runs=tmp_path)
+    assert len(run.losses) == 2
+    assert run.status == "interrupted"
+    assert run.scores is not None
+    assert "interrupted: ending after this step" in capsys.readouterr().out
+    model, _ = load_adapter(run.folder)
+    assert any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_ends_at_once_and_leaves_a_run_that_can_be_shown(recipe, tmp_path, interrupted):
+    interrupted(3, 3)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(plan(recipe(steps=20), CPU), runs=tmp_path)
+    run = show_run(tmp_path / "run")
+    assert len(run.losses) == 2
+    assert run.status == "ended by KeyboardInterrupt"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_training_in_another_thread_minds_no_signals(recipe, tmp_path):
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(train(plan(recipe(), CPU), runs=tmp_path)))
+    thread.start()
+    thread.join()
+    assert runs[0].status == "finished"
