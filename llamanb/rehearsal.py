@@ -20,10 +20,11 @@ from llamanb.architecture import Architecture, architecture
 from llamanb.card import Card
 from llamanb.errors import GpuError
 from llamanb.layout import GIB, Plan
-from llamanb.memory import SEEN, Memory, predict
+from llamanb.memory import SEEN, Memory, outline, predict
 from llamanb.planner import MARGIN_REHEARSED, fewest_recomputed, workload
 from llamanb.speed import StepTime, flops
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
+from llamanb.tape.workload import ACTIVATIONS
 
 FEW, MORE = 2, 6
 """Layers of a kind in the first model, and by how many at most the others have more of one kind."""
@@ -235,7 +236,10 @@ def _memory(work: Workload, trials: list[_Trial]) -> Memory:
                 peaks[instant] += round(missed)
     beyond = [t.reserved - max(t.peaks.values()) - one.gaps for t, one in zip(trials, small, strict=True)]
     gaps = memory.gaps + max(0, min(beyond))
-    return Memory(peaks, memory.buckets, gaps)
+    highest = max(peaks, key=peaks.get)
+    buckets = dict(outline(work).peaks[highest])
+    buckets[ACTIVATIONS] += peaks[highest] - sum(buckets.values())  # what lasts is counted exactly without trials
+    return Memory(peaks, buckets, gaps)
 
 
 def _small(work: Workload, trial: _Trial) -> Workload:

@@ -182,6 +182,16 @@ def test_what_was_missed_is_carried_to_the_depth_of_the_plan(wanted):
                 assert after.peaks[instant] - before.peaks[instant] == pytest.approx(expected, abs=2), instant
 
 
+def test_the_bar_adds_up_to_what_was_rehearsed():
+    made, work = planned()
+    more = {**dict.fromkeys(SEEN, 0), "backward": 300 * MIB}
+    trials = [trial(work, layers, constant=more) for layers in layouts(made, work)]
+    after = rehearsal._memory(work, trials)
+    assert sum(after.buckets.values()) == after.allocated
+    assert after.buckets["activations"] > predict(work).buckets["activations"]
+    assert after.buckets["weights"] == predict(work).buckets["weights"]
+
+
 def test_each_kind_of_layer_is_carried_by_itself():
     made, work = planned()
     each = {part: {CHECKPOINTED: 3 * MIB, STORED: 7 * MIB} for part in SEEN}
