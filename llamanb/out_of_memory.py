@@ -21,7 +21,8 @@ from llamanb.errors import LlamanbError
 from llamanb.html import Bar, Table
 from llamanb.layout import GIB, Plan
 from llamanb.memory import SEEN, outline
-from llamanb.planner import search, workload
+from llamanb.planner import search, workload_of
+from llamanb.run import Run
 from llamanb.tape.workload import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, TEMPORARIES, WEIGHTS
 from llamanb.timeline import Timeline
 from llamanb.watch.buckets import lasting_bytes
@@ -56,8 +57,18 @@ class Scene:
 
     def __init__(self, plan: Plan, folder: Path):
         self.plan, self.folder = plan, folder
-        self.model = self.trainer = None
+        self.run: Run = Run(folder, plan, Timeline("nothing yet"))
+        """As far as it came."""
+        self.model = self.trainer = self.instants = None
         self._earlier = torch.cuda.memory_allocated() if plan.card.is_gpu else 0
+        if plan.card.is_gpu:
+            torch.cuda.reset_peak_memory_stats()  # peaks of earlier cells are no part of this training
+
+    @property
+    def buckets_gib(self) -> dict[str, float]:
+        """What lasts, as counted after the first step; empty before."""
+        lasting = self.instants.lasting if self.instants else {}
+        return {bucket: size / GIB for bucket, size in lasting.items()}
 
     def clear(self, error: BaseException | None = None) -> None:
         """Lets go of the model, also where the error's traceback holds it, and gives its memory back."""
@@ -65,7 +76,9 @@ class Scene:
             self.trainer.accelerator.free_memory()
             vars(self.trainer).clear()
         self.model = self.trainer = None
-        while error:
+        seen = set()
+        while error and id(error) not in seen:  # an error may be its own cause
+            seen.add(id(error))
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
         gc.collect()
@@ -147,19 +160,7 @@ def _room() -> int:
 
 def _planned(plan: Plan, phase: str) -> dict[str, int]:
     """Bytes by bucket that the plan expected at the peak of a phase, in the buckets that `_held` tells apart."""
-    shape = architecture(plan.recipe.model, plan.recipe.revision)
-    work = workload(
-        plan.recipe,
-        plan.card,
-        shape,
-        dtype=plan.dtype,
-        kernel=plan.kernel,
-        optimizer=plan.optimizer,
-        length=plan.length,
-        rows=plan.micro_batch_size,
-        layers=plan.layers,
-    )
-    peaks = outline(work).peaks
+    peaks = outline(workload_of(plan, architecture(plan.recipe.model, plan.recipe.revision))).peaks
     instants = [instant for instant in SEEN.get(phase, SEEN["backward"]) if instant in peaks]
     found = dict(max((peaks[instant] for instant in instants), key=lambda buckets: sum(buckets.values())))
     making = MAKING.get(phase, ACTIVATIONS)

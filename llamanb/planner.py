@@ -188,6 +188,12 @@ def workload(
     )
 
 
+def workload_of(plan: Plan, model: Architecture) -> Workload:
+    """The workload that a plan was made for."""
+    same = {name: getattr(plan, name) for name in ("dtype", "kernel", "optimizer", "length", "layers")}
+    return workload(plan.recipe, plan.card, model, rows=plan.micro_batch_size, **same)
+
+
 def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[_Candidate, list[_Candidate]]:
     """The layout to take, and the best of each other micro-batch. The first may exceed the limit: then none fits."""
     found = [

@@ -82,7 +82,8 @@ def peaks_picture(planned_gib: Mapping[str, float], seen_gib: Mapping[str, float
     _style(axes, "GiB", "")
     for at, part in enumerate(planned_gib):
         for offset, sizes, color in ((-0.2, planned_gib, PLANNED), (0.2, seen_gib, MEMORY)):
-            size = sizes.get(part, 0.0)
+            if (size := sizes.get(part)) is None:
+                continue  # the run did not come so far
             axes.barh(at + offset, size, height=0.36, color=color)
             inside = size > 0.2 * max(planned_gib.values())  # where no line crosses the number
             place = {"xytext": (-3 if inside else 3, 0), "ha": "right" if inside else "left", "va": "center"}
@@ -94,7 +95,8 @@ def peaks_picture(planned_gib: Mapping[str, float], seen_gib: Mapping[str, float
         axes.axvline(limit_gib, color=LIMIT, linewidth=1, linestyle="--")
     limit = {"limit of the plan": (LIMIT, "--")} if limit_gib else {}
     _legend(axes, {"planned": (PLANNED, "-"), "measured": (MEMORY, "-"), **limit})
-    parts = (f"{part} {planned_gib[part]:.2f} planned, {seen_gib.get(part, 0.0):.2f} measured" for part in planned_gib)
+    seen = {part: f"{seen_gib[part]:.2f} measured" if part in seen_gib else "not reached" for part in planned_gib}
+    parts = (f"{part} {planned_gib[part]:.2f} planned, {seen[part]}" for part in planned_gib)
     return Picture(figure, "Allocated at most, GiB: " + "; ".join(parts))
 
 

@@ -21,7 +21,7 @@ from llamanb.card import Card
 from llamanb.errors import GpuError
 from llamanb.layout import GIB, Plan
 from llamanb.memory import SEEN, Memory, outline, predict
-from llamanb.planner import MARGIN_REHEARSED, fewest_recomputed, workload
+from llamanb.planner import MARGIN_REHEARSED, fewest_recomputed, workload_of
 from llamanb.speed import StepTime, flops
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 from llamanb.tape.workload import ACTIVATIONS
@@ -57,17 +57,7 @@ def rehearse(plan: Plan) -> Plan:
         raise GpuError("nothing to rehearse", "the plan is for a CPU, and predicts no memory", "plan for a GPU")
     _require_gpu(card)
     shape = architecture(plan.recipe.model, plan.recipe.revision)
-    work = workload(
-        plan.recipe,
-        card,
-        shape,
-        dtype=plan.dtype,
-        kernel=plan.kernel,
-        optimizer=plan.optimizer,
-        length=plan.length,
-        rows=plan.micro_batch_size,
-        layers=plan.layers,
-    )
+    work = workload_of(plan, shape)
     trials = [_try(plan, shape, layers) for layers in _small_layouts(plan, work)]
     return _corrected(plan, work, trials)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 
@@ -52,8 +53,8 @@ def buckets_table(run: Run) -> Table:
     planned = {name: run.plan.memory.buckets.get(name, 0) / GIB for name in BUCKETS}
     seen = run.buckets_gib
     rows = [[name, f"{planned[name]:.3f}", f"{size:.3f}"] for name, size in seen.items()]
-    peaks = [run.timeline.peaks_gib.get(part, 0.0) for part in run.plan.memory.parts]  # scoring is in no plan
-    rest = max(peaks) - sum(seen.values())
+    parts = [part for part in run.plan.memory.parts if part != "load"]  # nothing of that was there yet
+    rest = max(run.timeline.peaks_gib.get(part, 0.0) for part in parts) - sum(seen.values())
     others = [name for name in BUCKETS if name not in seen]
     rows.append([", ".join(others), f"{sum(planned[name] for name in others):.3f}", f"{rest:.3f}"])
     return Table(["at the highest peak", "planned, GiB", "measured, GiB"], rows)
@@ -62,8 +63,10 @@ def buckets_table(run: Run) -> Table:
 def again(run: Run) -> str:
     """The command that makes the same run."""
     recipe = shlex.quote(str(run.folder / "recipe.json"))
-    command = f"papermill notebooks/04_train.ipynb again.ipynb -p recipe_file {recipe} -p name {run.folder.name}-again"
-    return f"{command}\n\nin a clone of {REPOSITORY} at v{__version__}, with the versions above"
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", run.folder.name) + "-again"
+    command = f"papermill notebooks/04_train.ipynb again.ipynb -p recipe_file {recipe} -p name {name}"
+    where = f"in a clone of {REPOSITORY} at v{__version__}, on such a card and with the versions above"
+    return f"{command}\n\n{where}; what was chosen beside the recipe (a card, a kernel) has to be chosen again"
 
 
 def _versions(run: Run) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
 import json
@@ -16,7 +17,7 @@ from llamanb.html import Table, image, join, visible
 from llamanb.layout import GIB, Plan
 from llamanb.nvml import first_line
 from llamanb.plots import Picture
-from llamanb.timeline import Timeline
+from llamanb.timeline import Timeline, replace_text
 
 RUNNING, FINISHED, INTERRUPTED = "running", "finished", "interrupted"
 FILES = {
@@ -59,7 +60,7 @@ class Run:
             plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             return cls(folder, plan, Timeline.read(folder), _scores(folder / "scores.json"), **facts)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, LlamanbError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error, LlamanbError) as error:
             raise RecipeError(
                 f"{folder} holds no run that can be shown",
                 f"{type(error).__name__}: {first_line(error)}",
@@ -71,9 +72,9 @@ class Run:
         self.timeline.write(self.folder)
         if self.scores:
             text = json.dumps(dataclasses.asdict(self.scores), indent=1)
-            (self.folder / "scores.json").write_text(text, encoding="utf-8")
+            replace_text(self.folder / "scores.json", text)
         facts = {name: getattr(self, name) for name in self._FACTS}
-        (self.folder / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        replace_text(self.folder / "run.json", json.dumps(facts, indent=1))
 
     def replace(self, **changes) -> Run:
         return dataclasses.replace(self, **changes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -65,7 +66,8 @@ class Timeline:
         self._begin_s = time.monotonic()
         self.peak_gib = max((sample.used_gib for sample in self.samples), default=0.0)
         """Most memory in use at any look, every process counted."""
-        self._written: dict[str, int] = {}
+        self._written: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()
 
     @property
     def time_s(self) -> float:
@@ -75,6 +77,10 @@ class Timeline:
     def add(self, sample: Sample) -> None:
         self.samples.append(sample)
         self.peak_gib = max(self.peak_gib, sample.used_gib)
+
+    def misses(self, words: str) -> None:
+        """Says what can no longer be watched."""
+        self.missing = f"{self.missing}. {words}" if self.missing else words
 
     @property
     def phases(self) -> list[str]:
@@ -90,22 +96,25 @@ class Timeline:
         return (last.tokens - first.tokens) / max(last.time_s - first.time_s, 1e-9)
 
     def write(self, folder: Path) -> None:
-        """Appends what is new to the run's files. Only one thread may call this."""
-        self._append(folder / MEMORY, Sample._fields, list(self.samples))
-        self._append(folder / METRICS, Step._fields, self.steps)
-        facts = {name: getattr(self, name) for name in ("source", "limit_gib", "planned_gib", "peaks_gib", "missing")}
-        new = folder / f"{FACTS}.new"
-        new.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        new.replace(folder / FACTS)  # in one go: a run that dies meanwhile leaves the old one whole
+        """Appends what is new to the run's files. Raises OSError; what was cut off then is written again later."""
+        with self._lock:
+            self._append(folder / MEMORY, Sample._fields, list(self.samples))
+            self._append(folder / METRICS, Step._fields, list(self.steps))
+            facts = {name: getattr(self, name) for name in self._FACTS}
+            replace_text(folder / FACTS, json.dumps(facts, indent=1))
+
+    _FACTS = ("source", "limit_gib", "planned_gib", "peaks_gib", "missing")
 
     def _append(self, path: Path, header: Iterable[str], rows: list) -> None:
-        done = self._written.get(path.name)
-        with path.open("w" if done is None else "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if done is None:
-                writer.writerow(header)
-            writer.writerows(rows[done or 0 :])
-        self._written[path.name] = len(rows)
+        done, size = self._written.get(path.name, (0, 0))
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([*([] if size else [header]), *rows[done:]])
+        new = text.getvalue().encode()
+        with path.open("r+b" if size else "wb") as file:
+            file.truncate(size)  # half a row of a disk that was full
+            file.seek(size)
+            file.write(new)
+        self._written[path.name] = (len(rows), size + len(new))
 
     @classmethod
     def read(cls, folder: Path) -> Timeline:
@@ -117,6 +126,13 @@ class Timeline:
             made.steps.append(Step(int(step), *map(float, numbers), int(tokens)))
         made.phase = "over"
         return made
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one go: a process that dies meanwhile leaves the old one whole."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def _rows(path: Path, columns: int) -> Iterator[list[str]]:

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamanb import plots
+from llamanb import __version__, plots
 from llamanb.architecture import architecture
 from llamanb.card import choose_precision, gpu_in_use
 from llamanb.data import TrainingData, load_data
@@ -259,7 +259,8 @@ def _device() -> tuple[str, tuple[int, int] | None]:
 
 
 def _key(variant: Variant, device: str) -> str:
-    versions = [importlib.metadata.version(name) for name in LIBRARIES]
+    versions = [__version__, *(importlib.metadata.version(name) for name in LIBRARIES)]
+    versions += [f.stat().st_mtime_ns for f in (Path(variant.recipe.dataset),) if f.is_file()]
     return hashlib.sha256(json.dumps([dataclasses.asdict(variant), device, versions]).encode()).hexdigest()[:10]
 
 
@@ -392,7 +393,7 @@ def main(asked: str, runs: str = "runs/tradeoffs", names: str | None = None) -> 
     Path(runs).mkdir(parents=True, exist_ok=True)  # not there where nothing could be run
     (Path(runs) / "tradeoffs.txt").write_text(f"{text}\n", encoding="utf-8")
     found.picture().save(Path(runs) / "tradeoffs.png")
-    print(f"\n{text}")
+    print("", text, sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 from llamanb import __version__, hub
 from llamanb.data import TrainingData, load_data
 from llamanb.errors import RecipeError
-from llamanb.layout import GIB, Plan
+from llamanb.layout import Plan
 from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
+from llamanb.timeline import Timeline
 
 __all__ = ["Run", "train"]
 
@@ -52,36 +54,50 @@ def train(
     plan.recipe.save(folder / "recipe.json")
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
 
+    Run(folder, plan, Timeline("nothing yet")).save()  # so that whatever happens can be shown
+
     from llamanb.out_of_memory import Scene
     from llamanb.quiet import quiet_libraries
-    from llamanb.report import write_report
     from llamanb.watch.sampler import MemorySampler
 
-    scene = Scene(plan, folder)
     with quiet_libraries(), MemorySampler.here() as sampler:
         versions = {"llamanb": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
-        run = Run(folder, plan, sampler.timeline, versions=versions)
-        run.timeline.planned_gib = plan.needs_gib
-        run.save()
+        scene = Scene(plan, folder)
+        scene.run = Run(folder, plan, sampler.timeline, versions=versions)
+        sampler.timeline.planned_gib, sampler.folder = plan.needs_gib, folder
         explained = None
         try:
-            run = _train(run, data, scene, report_to)
+            _train(scene, data, report_to)
         except BaseException as error:
-            explained = scene.explain(error, run.timeline)  # while the tensors are there to be counted
-            scene.clear(error)
-            run.replace(status="out of memory" if explained else f"ended by {type(error).__name__}").save()
+            explained = scene.explain(error, sampler.timeline)  # while the tensors are there to be counted
+            status = "out of memory" if explained else f"ended by {type(error).__name__}"
+            with contextlib.suppress(OSError):  # a full disk must not hide the error
+                scene.run = scene.run.replace(status=status, buckets_gib=scene.buckets_gib)
+                scene.run.save()
+            _write_report(scene.run)
+            with contextlib.suppress(RuntimeError):  # nor a GPU that answers nothing any more
+                scene.clear(error)
             if not explained:
                 raise
-    run.timeline.write(folder)  # with the last samples
     if explained:
         scene.clear()  # again, now that nothing holds the old traceback
         raise explained
-    write_report(run)
-    return run
+    scene.run.timeline.write(folder)  # with the last samples
+    _write_report(scene.run)
+    return scene.run
 
 
-def _train(run: Run, data: TrainingData, scene, report_to: str) -> Run:
-    plan, timeline, folder = run.plan, run.timeline, run.folder
+def _write_report(run: Run) -> None:
+    from llamanb.report import write_report
+
+    try:
+        write_report(run)
+    except Exception as error:  # the run is saved, and more than its report
+        print(f"no report.html: {type(error).__name__}: {error}", flush=True)
+
+
+def _train(scene, data: TrainingData, report_to: str) -> None:
+    plan, timeline, folder = scene.plan, scene.run.timeline, scene.folder
     import transformers
 
     from llamanb.evaluate import compare, evaluate
@@ -102,7 +118,7 @@ def _train(run: Run, data: TrainingData, scene, report_to: str) -> Run:
         warn_of_gaps()
     transformers.set_seed(recipe.seed)
     callbacks = [StopAfter(recipe.stop_after_min)] if recipe.stop_after_min else []  # its clock starts before loading
-    instants = Instants(timeline, gpu=plan.card.is_gpu)
+    instants = scene.instants = Instants(timeline, gpu=plan.card.is_gpu)
     instants.begins("load")
     print(f"loading {recipe.model}", flush=True)
     model = scene.model = load_model(plan, data.tokenizer)
@@ -117,7 +133,7 @@ def _train(run: Run, data: TrainingData, scene, report_to: str) -> Run:
         before = evaluate(model, data)
 
     interrupt = StopOnInterrupt()
-    watchers = [LiveView(timeline, folder), interrupt, *callbacks]
+    watchers = [LiveView(timeline), interrupt, *callbacks]
     trainer = scene.trainer = build_trainer(plan, model, data, folder, watchers, report_to)
     instants.attach(trainer)
     try:
@@ -125,23 +141,18 @@ def _train(run: Run, data: TrainingData, scene, report_to: str) -> Run:
             result = trainer.train()
     finally:
         let_go()
-    lasting = {bucket: size / GIB for bucket, size in instants.lasting.items()}
-    run = run.replace(
-        status=INTERRUPTED if interrupt.asked else FINISHED,
-        train_s=result.metrics["train_runtime"],
-        buckets_gib=lasting,
-    )
+    status, train_s = INTERRUPTED if interrupt.asked else FINISHED, result.metrics["train_runtime"]
+    scene.run = scene.run.replace(status=status, train_s=train_s, buckets_gib=scene.buckets_gib)
     instants.begins("save")  # before anything else can fail
     saved = save_model(model, data.tokenizer, plan, folder)
-    run.save()
+    scene.run.save()
 
     if before is not None:
         instants.begins("score")
         print("scoring them again", flush=True)
-        run = run.replace(scores=compare(before, evaluate(model, data), data))
-        write_model_card(saved, plan, str(run.scores.tables()[0]))
-    run.save()
-    return run
+        scene.run = scene.run.replace(scores=compare(before, evaluate(model, data), data))
+        write_model_card(saved, plan, str(scene.run.scores.tables()[0]))
+    scene.run.save()
 
 
 def _require_reporter(report_to: str) -> None:

@@ -88,7 +88,7 @@ class Instants(TrainerCallback):
         self.begins(FORWARD)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if not self.lasting and model is not None:
+        if not self.lasting and optimizer is not None and optimizer.state:  # fp16's scaler may skip the first steps
             self.lasting = lasting_bytes(model, optimizer)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -6,9 +6,8 @@ that watching takes less than one hundredth of the time. Outside a notebook only
 
 from __future__ import annotations
 
-import contextlib
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 from transformers import TrainerCallback
 
@@ -24,23 +23,21 @@ APART = 10
 """Times its own drawing time that a picture stays before the next."""
 WORDS_S = 1.0
 """Seconds between two updates of the bar and its words."""
-WRITE_S = 5.0
-"""Seconds between two additions to the run's files."""
 LINES = 12
 """Lines of words over a whole run, about."""
 
 
 class LiveView(TrainerCallback):
-    """Shows a run as it goes, and writes it down: memory, loss, speed and time left."""
+    """Shows a run as it goes: memory, loss, speed and time left. What cannot be shown harms no training."""
 
-    def __init__(self, timeline: Timeline, folder: Path):
-        self.timeline, self._folder = timeline, folder
+    def __init__(self, timeline: Timeline):
+        self.timeline = timeline
         self._picture = self._bar = None
         self._frames, self._drawing_s = 0, 0.0
         self._frame_s = 0.2  # a guess, until the second one: the first also warms matplotlib up
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._start_s = self._last_draw_s = self._last_words_s = self._last_write_s = time.monotonic()
+        self._start_s = self._last_draw_s = self._last_words_s = time.monotonic()
         self._bar, self._picture = _display_handle(), _display_handle()
         self._say(state, self._status(state))
 
@@ -56,10 +53,6 @@ class LiveView(TrainerCallback):
         if now - self._last_words_s >= WORDS_S:
             self._say(state, status)
             self._last_words_s = now
-        if now - self._last_write_s >= WRITE_S:
-            with contextlib.suppress(OSError):  # a full disk is told when the run is saved
-                self.timeline.write(self._folder)
-            self._last_write_s = now
         allowed = DRAWING_SHARE * (now - self._start_s)
         due = now - self._last_draw_s > APART * self._frame_s
         if due and (self._frames < FREE_FRAMES or self._drawing_s + self._frame_s < allowed):
@@ -87,13 +80,20 @@ class LiveView(TrainerCallback):
     def _say(self, state, status: str) -> None:
         if self._bar is not None:
             markup = progress(state.global_step / max(1, state.max_steps), status)
-            self._bar.update({"text/plain": status, "text/html": markup}, raw=True)
+            self._show(lambda: self._bar.update({"text/plain": status, "text/html": markup}, raw=True))
+
+    def _show(self, show: Callable[[], None]) -> None:
+        try:
+            show()
+        except Exception as error:  # a page that was closed, a number that no axis can hold
+            self._bar = self._picture = None
+            self.timeline.misses(f"the live view ended: {type(error).__name__}: {error}")
 
     def _draw(self, status: str) -> None:
         if self._picture is None:
             return
         begin = time.monotonic()
-        self._picture.update(live_picture(self.timeline, status))
+        self._show(lambda: self._picture.update(live_picture(self.timeline, status)))
         self._last_draw_s = time.monotonic()
         took_s = self._last_draw_s - begin
         if self._frames:

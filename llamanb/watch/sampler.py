@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from llamanb.card import GIB, gpu_in_use
 from llamanb.nvml import first_line, nvml_handle, nvml_memory, start_nvml
 from llamanb.timeline import Sample, Timeline
 
 INTERVAL_S = 0.1
+WRITE_S = 5.0
+"""Seconds between two additions to the run's files."""
 
 
 class Source(NamedTuple):
@@ -37,6 +40,8 @@ class MemorySampler:
 
     def __init__(self, sources: list[Source], torch_gib: Callable | None = None, limit_gib: float | None = None):
         self.timeline = Timeline(sources[0].words, limit_gib)
+        self.folder: Path | None = None
+        """Where the timeline is written as it grows, whatever the run does meanwhile."""
         self._sources, self._torch_gib = list(sources), torch_gib or (lambda: (None, None))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llamanb-memory", daemon=True)
@@ -44,16 +49,20 @@ class MemorySampler:
     @classmethod
     def here(cls) -> MemorySampler:
         """For the GPU that torch would use, or the host's memory without one."""
+        import psutil
         import torch
 
+        process, why = psutil.Process(), "no GPU here"
         index, _ = gpu_in_use(torch)
-        if index is None:
-            import psutil
+        if index is not None:
+            try:
+                return cls._of_gpu(torch, index)
+            except Exception as error:  # a GPU that does not answer
+                why = f"{type(error).__name__}: {first_line(error)}"
+        return cls([Source(f"host memory of this process ({why})", lambda: process.memory_info().rss / GIB)])
 
-            process = psutil.Process()
-            words = "host memory of this process (no GPU here)"
-            return cls([Source(words, lambda: process.memory_info().rss / GIB)])
-
+    @classmethod
+    def _of_gpu(cls, torch: Any, index: int) -> MemorySampler:
         def torch_gib() -> tuple[float, float]:
             stats = torch.cuda.memory_stats_as_nested_dict(index)  # flattening it would take most of the time
             return tuple(stats[name]["all"]["current"] / GIB for name in ("allocated_bytes", "reserved_bytes"))
@@ -93,19 +102,27 @@ class MemorySampler:
             self._thread.join(timeout=2)
 
     def _run(self) -> None:
-        timeline = self.timeline
-        while self._sources and not self._stop.is_set():
-            try:
-                sample = Sample(timeline.time_s, timeline.phase, self._sources[0].read_gib(), *self._torch_gib())
-            except Exception as error:  # a driver that goes away must not end the training it watches
-                lost = self._sources.pop(0)
-                then = f"; from then on: {self._sources[0].words}" if self._sources else ", and nothing else does"
-                why = f"{type(error).__name__}: {first_line(error)}"
-                lost_words = f"{lost.words} stopped answering after {timeline.time_s:.0f} s ({why}){then}"
-                timeline.missing = f"{timeline.missing}. {lost_words}" if timeline.missing else lost_words
-                continue
-            timeline.add(sample)
+        timeline, written_s = self.timeline, 0.0
+        while (self._sources or self.folder) and not self._stop.is_set():
+            if self._sources:
+                self._look()
+            if self.folder and timeline.time_s - written_s >= WRITE_S:
+                with contextlib.suppress(OSError):  # a full disk is told when the run is saved
+                    timeline.write(self.folder)
+                written_s = timeline.time_s
             self._stop.wait(INTERVAL_S)
+
+    def _look(self) -> None:
+        timeline = self.timeline
+        try:
+            sample = Sample(timeline.time_s, timeline.phase, self._sources[0].read_gib(), *self._torch_gib())
+        except Exception as error:  # a driver that goes away must not end the training it watches
+            lost = self._sources.pop(0)
+            then = f"; from then on: {self._sources[0].words}" if self._sources else ", and nothing else does"
+            why = f"{type(error).__name__}: {first_line(error)}"
+            timeline.misses(f"{lost.words} stopped answering after {timeline.time_s:.0f} s ({why}){then}")
+        else:
+            timeline.add(sample)
 
     def __enter__(self) -> MemorySampler:
         return self.start()

@@ -36,6 +36,7 @@ class Gpu:
         )
         monkeypatch.setattr(cuda, "get_per_process_memory_fraction", lambda: self.share)
         monkeypatch.setattr(cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: None)
         monkeypatch.setattr(cuda.memory, "_dump_snapshot", lambda path: open(path, "w").close())
 
     @property
@@ -153,6 +154,13 @@ def test_it_is_known_by_type_and_by_message(tmp_path, monkeypatch, error, is_it)
     assert is_out_of_memory(error) is is_it
     found = explained(planned(), "forward", tmp_path, Gpu(monkeypatch, allocated=13.9), error=error)
     assert (found is not None) is is_it
+
+
+def test_an_error_that_is_its_own_cause_ends_too(tmp_path):
+    error = ValueError("again")
+    error.__cause__ = error
+    Scene(plan(starter_recipe(model="tiny", dataset="tiny"), Card("CPU", None)), tmp_path).clear(error)
+    assert error.__traceback__ is None
 
 
 def test_on_a_cpu_nothing_is_explained(tmp_path):

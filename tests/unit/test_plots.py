@@ -118,7 +118,7 @@ def test_peaks_in_words():
     words = repr(plots.peaks_picture(PLANNED, SEEN, 14.0))
     assert words == (
         "Allocated at most, GiB: load 1.00 planned, 1.10 measured; loss 2.00 planned, 1.90 measured; "
-        "backward 3.00 planned, 0.00 measured"
+        "backward 3.00 planned, not reached"
     )
 
 

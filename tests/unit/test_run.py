@@ -293,7 +293,7 @@ def test_what_fails_after_training_is_said_and_keeps_what_was_seen(recipe, tmp_p
 
 def test_files_are_complete_at_the_end(recipe, tmp_path, monkeypatch):
     """What is written every few seconds is written once more."""
-    monkeypatch.setattr("llamanb.watch.live.WRITE_S", 3600.0)
+    monkeypatch.setattr("llamanb.watch.sampler.WRITE_S", 3600.0)
     run = train(plan(recipe(), CPU), name="run", runs=tmp_path)
     again = Timeline.read(run.folder)
     assert again.steps == run.timeline.steps

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llamanb.timeline import Sample, Timeline
 from llamanb.watch import sampler as sampler_module
 from llamanb.watch.sampler import MemorySampler, Source
 from tests.unit.fake_gpu import MIB, FakeNvml, FakeTorch, no_nvml, t4
@@ -294,3 +295,32 @@ def test_a_pretended_card_shows_what_torch_holds_of_its_share(gpu):
     assert timeline.source == "VRAM that torch holds"
     assert timeline.limit_gib == T4_GIB / 2
     assert timeline.samples[0][2:] == (2.0, 1.0, 2.0)
+
+
+def test_what_was_seen_is_written_as_it_comes_whatever_the_run_does(tmp_path, monkeypatch):
+    """Loading and scoring log nothing, and may be where a session dies."""
+    written = threading.Event()
+    monkeypatch.setattr(sampler_module, "WRITE_S", 0.0)
+    sampler = MemorySampler([Source("fake", lambda: 1.0)])
+    sampler.folder, write = tmp_path, sampler.timeline.write
+
+    def watched(folder):
+        write(folder)
+        if sampler.timeline.samples:
+            written.set()
+
+    monkeypatch.setattr(sampler.timeline, "write", watched)
+    with sampler:
+        assert written.wait(LIMIT_S)
+        assert Timeline.read(tmp_path).samples
+
+
+def test_a_disk_that_is_full_for_a_while_leaves_whole_rows(tmp_path):
+    made = Timeline("fake")
+    made.samples = [Sample(float(i), "load", 1.0, None, None) for i in range(5)]
+    made.write(tmp_path)
+    with (tmp_path / "memory.csv").open("a") as file:
+        file.write("5.0,lo")  # as far as it came
+    made.samples += [Sample(5.0, "load", 2.0, None, None)]
+    made.write(tmp_path)
+    assert Timeline.read(tmp_path).samples == made.samples
