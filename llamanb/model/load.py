@@ -12,10 +12,13 @@ from llamanb.architecture import Architecture, from_config, require_method
 from llamanb.data.encode import end_token_ids
 from llamanb.errors import LlamanbError, ModelError
 from llamanb.layout import Plan
+from llamanb.memory import segments_grow
 from llamanb.model import attention
 from llamanb.model.layers import lay_out
 from llamanb.recipe import Recipe
 
+REPEATED = 10_000_019
+"""Random numbers that all random weights are made of, over and over: a host makes a billion of them in ten seconds."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -37,7 +40,8 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreT
         config = AutoConfig.from_pretrained(folder)
     else:
         folder, config = None, _config(shape)
-        state = _random_state(config, weights_dtype(plan), "cuda" if plan.card.is_gpu else "cpu")
+        # What is made on the GPU leaves pieces there, which only segments that grow give back; a checkpoint leaves none
+        state = _random_state(config, weights_dtype(plan), "cuda" if plan.card.is_gpu and segments_grow() else "cpu")
     try:
         model = LlamaForCausalLM.from_pretrained(
             folder,
@@ -117,16 +121,17 @@ def _random_state(config: LlamaConfig, dtype: torch.dtype, device: str) -> dict[
     int8, whose memory grows with outliers: gate and up are so wide that every column of their product has one."""
     with torch.device("meta"):
         names = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
-    source = torch.Generator(device).manual_seed(0)
-
-    def random(name: str, shape: torch.Size) -> torch.Tensor:
-        if len(shape) < 2:
-            return torch.ones(shape, device=device, dtype=dtype)
-        scale = 0.06 if "gate_proj" in name or "up_proj" in name else 0.02
-        return scale * torch.randn(shape, generator=source, device=device, dtype=dtype)
-
+    numbers = torch.randn(REPEATED, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return {name: random(name, shape) for name, shape in names.items() if name not in tied}
+    state = {}
+    for name in sorted(names.keys() - tied):
+        state[name] = made = torch.ones(names[name], device=device, dtype=dtype)
+        if made.dim() > 1:
+            numbers = numbers.roll(1_000_003)  # no two weights alike
+            for part in made.view(-1).split(REPEATED):
+                part.copy_(numbers[: len(part)])
+            made *= 0.06 if "gate_proj" in name or "up_proj" in name else 0.02
+    return state
 
 
 def _quantization(recipe: Recipe, config, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
