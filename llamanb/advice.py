@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from llamanb.architecture import Architecture, architecture
 from llamanb.card import Card
-from llamanb.cards import ROWS
+from llamanb.cards import KNOWN
 from llamanb.html import Table
 from llamanb.layout import GIB, Plan
 from llamanb.planner import GAPS_GUESS, DoesNotFitError, search, smallest_fits
@@ -145,7 +145,7 @@ def _smaller_model(recipe: Recipe, card: Card, model: Architecture) -> Plan | No
 
 
 def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
-    larger = (Card.known(name) for name in sorted(ROWS, key=lambda name: ROWS[name].vram_gib))
+    larger = sorted(KNOWN.values(), key=lambda one: one.vram_gib)
     larger = (one for one in larger if one.vram_gib > card.vram_gib and one.runs_default_torch)
     larger = (one for one in larger if recipe.precision != "bf16" or one.dtype == "bf16")
     return next((made for one in larger if (made := fitting(recipe, one, model))), None)
