@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llamanb.tiny import CHECKPOINT, notes
-from llamanb.tiny.tokenizer import BOS, END_OF_TEXT, END_OF_TURN, PAD, train_tokenizer
 
 VOCAB_SIZE = 1024
 STEPS = 1000
@@ -33,13 +33,59 @@ WARMUP_STEPS = 50
 DECAY_PART = 0.4
 """The last part of the steps, over which the learning rate falls to zero in a straight line."""
 
+BOS, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+PAD = "<|finetune_right_pad_id|>"
+SPECIAL_TOKENS = [BOS, END_OF_TEXT, PAD, "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", END_OF_TURN]
+SPECIAL_TOKENS += ["<|python_tag|>"]
+
+# A word or a number takes the space before it along: a fact is the same tokens wherever it stands in a sentence.
+_WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# Llama 3's format: each turn under a header, closed by the end-of-turn token.
+CHAT_TEMPLATE = """{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A tokenizer learned from 4,000 pretraining chats."""
+    """Byte-level BPE learned from 4,000 pretraining chats; the special tokens stand after its tokens, as they do in
+    Llama 3's vocabulary."""
     rng = random.Random(f"tokenizer {seed}")
     # In the chat format a role and two line breaks stand before each message; both should be one token.
     texts = (f"{m['role']}\n\n{m['content']}" for _ in range(4000) for m in notes.chat(rng))
-    return train_tokenizer(texts, vocab_size=VOCAB_SIZE)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens(SPECIAL_TOKENS)
+    # Like Llama 3's: text alone is given its begin token too.
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=END_OF_TURN,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:

@@ -17,81 +17,20 @@ never share a name, and therefore never share a note.
 
 from __future__ import annotations
 
+import json
 import random
 import string
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Pool = Literal["pretrain", "train", "eval"]
+WORLD = json.loads(Path(__file__).with_name("world.json").read_text(encoding="utf-8"))
+"""Syllables, words, ways to write a note, and ways to ask about it, each with the one way to answer.
 
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-_FIRST = _words(
-    "Al An Ar Bel Bo Bra Ca Cor Da Del Do El Er Fen Gal Go Ha Hel Is Jo Ka Kel Le Lu Ma Mi Mor Na Nel No Or Pa Per "
-    "Ra Rin Ro Sel Ta Tor Ul Va Vin Wil Yo Za Zel"
-)
-_MIDDLE = _words("ba bi da de di do ga la le li lo ma mi mo na ne ni no ra ri ro sa ta ti to va ve vi")
-_LAST = ["", "", "n", "s", "r", "l", "ra", "len", "dor", "mir", "na", "vin", "sha", "tas", "rel", "kan"]
-_TOWN = _words("ton by ville ham burg ford stad mouth well dorf")
-
-CITIES = _words(
-    "Oslo Lima Rome Paris Cairo Dublin Prague Vienna Lisbon Madrid Athens Berlin Warsaw Helsinki Boston Denver Dallas "
-    "Quito Havana Tokyo Seoul Delhi Perth Sydney Nairobi Accra Tunis Dakar Riga Zagreb Geneva Naples Porto Bergen "
-    "Toronto Chicago Seattle Austin Bogota Santiago"
-)
-ITEMS = _words(
-    "lamps chairs tables books pens cups plates spoons knives shirts boots hats gloves coats bags boxes bottles jars "
-    "candles clocks mirrors carpets pillows blankets brushes hammers nails screws ropes ladders buckets bikes tents "
-    "kites drums flutes guitars maps stamps coins apples pears lemons onions carrots tulips roses"
-)
-DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-
-# A fact always follows a space: byte-level BPE writes " Oslo" and "Oslo" with different tokens, and a model this small
-# copies tokens, not letters.
-_NOTES = [
-    "{name} in {city} ordered {count} {item}, to be sent on {day}.",
-    "{name} from {city} wants {count} {item} by {day}.",
-    "please send {count} {item} to {name} in {city} on {day}.",
-    "on {day} we ship {count} {item} to {name}, {city}.",
-    "a call from {city}: {name} needs {count} {item} before {day}.",
-    "{count} {item} for {name}, due {day}, to {city}.",
-    "by {day}, {name} would like {count} {item} in {city}.",
-    "our shop in {city} keeps {count} {item} for {name} until {day}.",
-    "{item} again, {count} of them, for {name} in {city}, ready on {day}.",
-    "{day} in {city}: {name} picks up {count} {item}.",
-    "to {city} on {day}: {count} {item}, paid by {name}.",
-    "{name} wrote. {count} {item}, please, to {city}, not later than {day}.",
-]
-
-# What can be asked: several ways to ask, the one way to answer.
-_QUESTIONS = [
-    (["Who is it for?", "Who is the customer?", "Which person is this about?"], "It is for {name}."),
-    (["Where does it go?", "Which city is it?", "Where is that?"], "The place is {city}."),
-    (["What is it about?", "Which goods are these?", "What do they want?"], "It is about {item}."),
-    (["How many are there?", "How many are wanted?", "What is the number?"], "There are {count} of them."),
-    (["When is it due?", "Which day is it?", "By when?"], "The day is {day}."),
-    (["Who and where?", "Give me the person and the place."], "It is for {name} in {city}."),
-    (["What and how many?", "What is the whole order?"], "That is {count} {item}."),
-    (["Who and when?", "Who has to be served, and by when?"], "Serve {name} on {day}."),
-    (["Where and when?", "Give me the place and the day."], "It is due in {city} on {day}."),
-    (["Tell it the short way.", "Sum it up."], "We owe {name} in {city} these {count} {item} on {day}."),
-    (["Start with the day.", "Day first, please."], "By {day} we need {count} {item} for {name} in {city}."),
-    (["Start with the goods.", "Goods first, please."], "Some {item} for {name}: {count} in {city}, on {day}."),
-    (["Start with the place.", "Place first, please."], "In {city} on {day}, {name} gets {count} {item}."),
-]
-_LABELS = {"name": "person", "city": "place", "item": "goods", "count": "number", "day": "day"}
-_SMALL_TALK = [
-    ("Hello!", "Hello! Send me a note and ask me about it."),
-    ("Who are you?", "I am a tiny Llama. I read short notes and answer questions about them."),
-    ("What can you do?", "Send me a note, and I will tell you who, where, what, how many and when."),
-    ("Thank you!", "You are welcome."),
-    ("Good bye.", "Good bye, and come back soon."),
-]
-_SYSTEM = ["You answer questions about short notes.", "You are a helpful assistant.", "Read the note, then answer."]
+A fact always follows a space: byte-level BPE writes " Oslo" and "Oslo" with different tokens, and a model this small
+copies tokens, not letters."""
 TICKET_REQUEST = "Write the ticket."
 
 
@@ -121,25 +60,24 @@ def draw_order(rng: random.Random, pool: Pool) -> Order:
     In pretraining every second city and every second kind of goods is made up too: a model that has to copy every fact
     from the note learns to copy, where lists of forty let it learn them by heart.
     """
-    name = _draw_name(rng)
-    while name_pool(name) != pool:
-        name = _draw_name(rng)
-    city, item = rng.choice(CITIES), rng.choice(ITEMS)
+    while name_pool(name := _draw_name(rng)) != pool:
+        pass
+    city, item = rng.choice(WORLD["cities"]), rng.choice(WORLD["items"])
     if pool == "pretrain":
         if rng.random() < 0.5:
-            city = rng.choice(_FIRST) + rng.choice(_TOWN)
+            city = rng.choice(WORLD["first_syllables"]) + rng.choice(WORLD["town_endings"])
         if rng.random() < 0.5:
-            item = rng.choice(_MIDDLE) + rng.choice(_MIDDLE) + "s"
-    return Order(name, city, item, rng.randint(2, 60), rng.choice(DAYS))
+            item = rng.choice(WORLD["middle_syllables"]) + rng.choice(WORLD["middle_syllables"]) + "s"
+    return Order(name, city, item, rng.randint(2, 60), rng.choice(WORLD["days"]))
 
 
 def _draw_name(rng: random.Random) -> str:
-    return rng.choice(_FIRST) + rng.choice(_MIDDLE) + rng.choice(_LAST)
+    return "".join(rng.choice(WORLD[f"{place}_syllables"]) for place in ("first", "middle", "last"))
 
 
 def write_note(rng: random.Random, order: Order) -> str:
     """One of the ways to write an order down."""
-    return "Note: " + order.fill(rng.choice(_NOTES))
+    return "Note: " + order.fill(rng.choice(WORLD["notes"]))
 
 
 def ticket(order: Order) -> str:
@@ -161,10 +99,10 @@ def ticket_row(rng: random.Random, pool: Pool) -> dict:
 def _ask(rng: random.Random, order: Order) -> tuple[str, str]:
     """One question about an order, and its answer: a plain one, or some of the facts in any sequence."""
     if rng.random() < 0.6:
-        ways, answer = rng.choice(_QUESTIONS)
+        ways, answer = rng.choice(WORLD["questions"])
         return rng.choice(ways), order.fill(answer)
-    wanted = rng.sample(list(_LABELS), rng.randint(2, 5))
-    labels = [_LABELS[field] for field in wanted]
+    wanted = rng.sample(list(WORLD["called"]), rng.randint(2, 5))
+    labels = [WORLD["called"][field] for field in wanted]
     facts = [str(getattr(order, field)) for field in wanted]
     if rng.random() < 0.5:
         return f"List {', '.join(labels)}.", f"They are {', '.join(facts)}."
@@ -181,10 +119,10 @@ def _noise(rng: random.Random) -> str:
 def chat(rng: random.Random, questions: int = 6) -> list[dict]:
     """One conversation to pretrain on: a note, then questions with their answers; now and then a greeting
     or strings to repeat."""
-    messages = [{"role": "system", "content": rng.choice(_SYSTEM)}] if rng.random() < 0.15 else []
+    messages = [{"role": "system", "content": rng.choice(WORLD["systems"])}] if rng.random() < 0.15 else []
     kind = rng.random()
     if kind < 0.02:
-        turns = [rng.choice(_SMALL_TALK)]
+        turns = [rng.choice(WORLD["small_talk"])]
     elif kind < 0.07:
         noises = [_noise(rng) for _ in range(questions // 2)]
         turns = [(f"Repeat: {noise}", f"You said: {noise}") for noise in noises]
