@@ -20,6 +20,7 @@ from llamanb.card import Card, Precision, choose_precision
 from llamanb.errors import GpuError, LlamanbError
 from llamanb.html import Table, join, paragraph, visible
 from llamanb.nvml import NvmlMemory, ask, gpu_processes, nvml_handle, nvml_memory, start_nvml
+from llamanb.setup.loaded import version
 from llamanb.trials import Attention, try_precisions, working_attention
 
 QLORA_8B_RESERVED_GIB, QLORA_8B_TENSORS_GIB = 7.03, 6.61
@@ -124,7 +125,7 @@ def check_gpu(
         notes += verdict(card, attention)
     notes += [WSL] if "WSL2" in places else []
 
-    host = host_memory_and_disk(folder, proc, environ)
+    host = host_memory_and_disk(folder, environ)
     loaded = versions()
     driver = ask(getattr(started, "nvmlSystemGetDriverVersion", None))
     rows = [
@@ -347,28 +348,26 @@ def without_gpu(why: str, seen: Sequence[tuple], torch: Any, places: Sequence[st
 # The machine around it
 
 
-def host_memory_and_disk(
-    folder: str | os.PathLike = ".", proc: str = "/proc", environ: Mapping[str, str] = os.environ
-) -> Section:
+def host_memory_and_disk(folder: str | os.PathLike = ".", environ: Mapping[str, str] = os.environ) -> Section:
     """Host RAM, and room on the disks of runs and of downloaded models."""
-    memory = machine.host_memory(proc)
-    ram, notes = "not known", ()
-    if memory:
-        total, available, limit = memory
-        ram = f"{available:.1f} GiB free of {total:.1f} GiB"
-        if limit < total:
-            notes = (f"A container's limit: its processes may hold {limit:.1f} GiB of the host's RAM together.",)
+    total, available, limit = machine.host_memory()
+    note = f"A container's limit: its processes may hold {limit:.1f} GiB of the host's RAM together."
     rows = [
-        ["host RAM", ram],
+        ["host RAM", f"{available:.1f} GiB free of {total:.1f} GiB"],
         ["disk for runs", machine.room(folder)],
         ["disk for downloaded models", machine.room(machine.hub_cache(environ))],
     ]
-    return Section(Table(["on the host", ""], rows), notes)
+    return Section(Table(["on the host", ""], rows), (note,) if limit < total else ())
 
 
-def versions(packages: Mapping[str, str] = machine.PACKAGES, **stand_ins: Any) -> Section:
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "pyarrow", "accelerate", "bitsandbytes", "numpy")
+PACKAGES += ("ipywidgets",)
+"""What a run rests on, and is imported under the same name."""
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> Section:
     """Versions loaded in this process against those installed."""
-    found = [machine.version(package, module, **stand_ins) for package, module in packages.items()]
+    found = [*map(version, packages), version("nvidia-ml-py", "pynvml")]
     rows = [[v.package, v.loaded, v.installed or "not installed", "restart" if v.stale else ""] for v in found]
     stale = ", ".join(v.package for v in found if v.stale)
     notes = (f"Loaded is not what is installed: {stale}. Restart the kernel before you train.",) if stale else ()

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 try:
     from packaging.requirements import Requirement
@@ -32,7 +31,7 @@ except ImportError:  # a bare machine: pip brings its own copy
     from pip._vendor.packaging.version import Version
 
 from llamanb.errors import LlamanbError
-from llamanb.setup.torch_build import answers, choose_build, read_gpus
+from llamanb.setup.torch_build import build_for_this_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 STAYS = ("torch", "numpy")
@@ -41,16 +40,8 @@ OLDEST_TORCHAO = "0.16"
 """peft refuses to attach a LoRA while an older torchao is installed."""
 
 
-class Package(NamedTuple):
-    """What an installed package says of itself, read at once: its metadata goes when pip replaces it."""
-
-    name: str
-    version: str
-    requires: list[str]
-
-
-Installed = dict[str, Package]
-"""By canonical name."""
+Installed = dict[str, str]
+"""Versions by canonical name."""
 
 
 def read_requirements(path: Path) -> list[Requirement]:
@@ -65,8 +56,7 @@ def read_installed() -> Installed:
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
         if name and Path(distribution.locate_file("")).resolve() != ROOT:
-            package = Package(name, distribution.version, distribution.requires or [])
-            found.setdefault(canonicalize_name(name), package)
+            found.setdefault(canonicalize_name(name), distribution.version)
     return found
 
 
@@ -76,7 +66,7 @@ def unmet(requirements: Iterable[Requirement], installed: Installed) -> list[str
         name
         for requirement in requirements
         if (name := canonicalize_name(requirement.name)) not in installed
-        or not requirement.specifier.contains(installed[name].version, prereleases=True)
+        or not requirement.specifier.contains(installed[name], prereleases=True)
     ]
 
 
@@ -87,30 +77,9 @@ def write_constraints(
     kept, free = set(kept), set(free)
     bounded = [r for r in tested if (name := canonicalize_name(r.name)) in free or name not in installed]
     return sorted(
-        [f"{name}=={installed[name].version}" for name in kept]
+        [f"{name}=={installed[name]}" for name in kept]
         + [f"{r.name}{str(r.specifier).replace('==', '<=')}" for r in bounded]
     )
-
-
-def broken_wishes(installed: Installed) -> set[str]:
-    """Requirements, declared by installed packages, that the installed versions do not meet."""
-    broken = set()
-    for package in installed.values():
-        for line in package.requires:
-            try:
-                wish = Requirement(line)
-            except ValueError:  # metadata older than the format
-                continue
-            name = canonicalize_name(wish.name)
-            if wish.marker is not None and not wish.marker.evaluate({"extra": ""}):
-                continue
-            found = installed[name].version if name in installed else None
-            if found is None or not wish.specifier.contains(found, prereleases=True):
-                broken.add(
-                    f"{package.name} {package.version} asks for {wish.name}{wish.specifier},"
-                    f" now {found or 'not installed'}"
-                )
-    return broken
 
 
 def own_copy_is_current() -> bool:
@@ -121,13 +90,11 @@ def own_copy_is_current() -> bool:
     origin = json.loads(own.read_text("direct_url.json") or "{}")
     if origin.get("dir_info", {}).get("editable"):
         return origin["url"] == ROOT.as_uri()
-    copy, source = Path(own.locate_file("llamanb")), ROOT / "llamanb"
-    files = {path.relative_to(source) for path in source.rglob("*.py")}
-    files |= {path.relative_to(copy) for path in copy.rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    return all(
-        (source / path).is_file() and (copy / path).is_file() and filecmp.cmp(source / path, copy / path, shallow=False)
-        for path in files
-    )
+    both = ROOT / "llamanb", Path(own.locate_file("llamanb"))
+    paths = ((path, path.relative_to(folder)) for folder in both for path in folder.rglob("*"))
+    files = {relative for path, relative in paths if path.is_file() and path.suffix != ".pyc"}
+    _, different, missing = filecmp.cmpfiles(*both, files, shallow=False)
+    return not (different or missing)
 
 
 def run_pip(*arguments: str) -> subprocess.CompletedProcess:
@@ -137,6 +104,12 @@ def run_pip(*arguments: str) -> subprocess.CompletedProcess:
 
 def pip_install(*arguments: str) -> subprocess.CompletedProcess:
     return run_pip("install", "-q", "--no-warn-conflicts", "--root-user-action=ignore", *arguments)
+
+
+def broken_wishes() -> set[str]:
+    """What installed packages ask for and do not have, in pip's words."""
+    done = run_pip("check")
+    return set(done.stdout.splitlines()) if done.returncode else set()
 
 
 def or_raise(done: subprocess.CompletedProcess, what: str) -> None:
@@ -153,10 +126,7 @@ def or_raise(done: subprocess.CompletedProcess, what: str) -> None:
 
 def install_torch() -> None:
     """On a machine without torch: the build that fits its driver and GPU."""
-    gpus = read_gpus()
-    build = choose_build(*gpus)
-    if build.index_url and not answers(f"{build.index_url}/torch/"):
-        build = choose_build(*gpus, index_reachable=False)
+    build = build_for_this_machine()
     print(f"  torch: {build.reason}", flush=True)
     or_raise(pip_install(*build.pip_arguments, "-c", str(ROOT / "constraints.txt")), "install torch")
 
@@ -184,32 +154,32 @@ def setup() -> None:
     """
     start = time.perf_counter()
     requirements = read_requirements(ROOT / "requirements.txt")
-    first = before = read_installed()
-    broken_before = broken_wishes(before)
-    print(f"llamanb setup: {sys.prefix}", flush=True)
-    if "torch" not in before:
-        install_torch()
-        before = read_installed()
+    before = read_installed()
     to_do = unmet(requirements, before)
+    print(f"llamanb setup: {sys.prefix}", flush=True)
     if held := [name for name in to_do if name in STAYS and name in before]:
         raise LlamanbError(
-            f"this environment's {' and '.join(f'{name} {before[name].version}' for name in held)} is too old",
+            f"this environment's {' and '.join(f'{name} {before[name]}' for name in held)} is too old",
             "llamanb needs " + ", ".join(str(r) for r in requirements if r.name in held) + ", and leaves both alone:"
             " the rest of an image is built against them",
             "choose a newer image (Kaggle: Settings > Environment > latest), or a fresh environment:\n"
             f"       make -C {ROOT} install",
         )
-    torchao = before.get("torchao")
-    remove_torchao = torchao is not None and Version(torchao.version) < Version(OLDEST_TORCHAO)
-    if not to_do and not remove_torchao and own_copy_is_current() and before is first:
+    remove_torchao = "torchao" in before and Version(before["torchao"]) < Version(OLDEST_TORCHAO)
+    if not to_do and not remove_torchao and own_copy_is_current():
         print(f"  nothing to do: all is there ({time.perf_counter() - start:.1f} s)")
         return
 
-    if to_do:
-        print(f"  to move: {', '.join(n for n in to_do if n in before) or 'nothing'}")
-        print(f"  to add: {', '.join(n for n in to_do if n not in before) or 'nothing'}")
+    broken_before = broken_wishes()
+    if "torch" in to_do:
+        install_torch()
+    found = read_installed()
+    if to_do := unmet(requirements, found):
+        to_move = [name for name in to_do if name in found]
+        print(f"  to move: {', '.join(to_move) or 'nothing'}")
+        print(f"  to add: {', '.join(name for name in to_do if name not in found) or 'nothing'}")
         print("  installing ...", flush=True)
-        move_packages(before, [name for name in to_do if name in before])
+        move_packages(found, to_move)
     if remove_torchao:
         or_raise(run_pip("uninstall", "-y", "-q", "torchao"), "remove torchao")
     if not own_copy_is_current():
@@ -218,15 +188,15 @@ def setup() -> None:
         print(f"  llamanb: installed from {ROOT}")
 
     after = read_installed()
-    for name in sorted(first.keys() | after.keys()):
-        old, new = (packages[name].version if name in packages else None for packages in (first, after))
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
         if old != new:
             print(f"  {name}: {old or 'new'} -> {new or 'removed'}")
     if remove_torchao:
         print(f"    (peft attaches no LoRA beside torchao < {OLDEST_TORCHAO}, and nothing here uses torchao)")
-    if first is before:  # torch was there
-        print("  unchanged: " + ", ".join(f"{name} {first[name].version}" for name in STAYS if name in first))
-    if affected := sorted(broken_wishes(after) - broken_before):
+    if unchanged := [f"{name} {after[name]}" for name in STAYS if after[name] == before.get(name)]:
+        print(f"  unchanged: {', '.join(unchanged)}")
+    if affected := sorted(broken_wishes() - broken_before):
         print("  also affected, until this session ends or they are updated:")
         print(*(f"    {line}" for line in affected), sep="\n")
     print(f"  done in {time.perf_counter() - start:.0f} s; a kernel that had loaded any of these needs one restart")

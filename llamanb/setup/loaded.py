@@ -30,42 +30,49 @@ check_loaded()  # stops here, once, if this session needs a restart"""
 """The first code cell of every notebook; where llamanb is installed it does nothing."""
 
 
-class Stale(NamedTuple):
-    """A package whose loaded version is not the installed one.
+class Version(NamedTuple):
+    """A package, in this process and on disk."""
 
-    Attributes:
-        name: as it is imported.
-        loaded: the version in this process.
-        installed: the version on disk; None when it was removed.
-    """
-
-    name: str
+    package: str
     loaded: str
+    """Its version; "not yet", or "yes" where the module does not tell."""
     installed: str | None
+    """None where it is not."""
+    stale: bool
+    """Another version was installed after the import, or none is left: only a restart of the kernel helps."""
 
 
 class RestartNeededError(LlamanbError):
     """This process holds packages that were replaced on disk."""
 
 
-def loaded_but_stale() -> list[Stale]:
+def version(package: str, module: str = "") -> Version:
+    """The version of `package` that this process holds, and the one that is installed. Nothing is imported for it.
+
+    `module` is the name it is imported as, where that is another one.
+    """
+    found = sys.modules.get(module or package.replace("-", "_"))
+    with warnings.catch_warnings():  # some packages deprecate `__version__`
+        warnings.simplefilter("ignore")
+        told = getattr(found, "__version__", None)
+    try:
+        installed = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        installed = None
+    loaded = str(told or ("yes" if found else "not yet"))
+    return Version(package, loaded, installed, bool(told) and not _same_version(loaded, installed or ""))
+
+
+def _same_version(one: str, other: str) -> bool:
+    """A local part (+cu130) counts only if both have one: a wheel may leave out what its module tells."""
+    (a, _, local_a), (b, _, local_b) = one.partition("+"), other.partition("+")
+    return a == b and (not local_a or not local_b or local_a == local_b)
+
+
+def loaded_but_stale() -> list[Version]:
     """The packages llamanb uses (and torchao, which the setup may remove) that this process holds in another version
-    than the installed one. Nothing is imported for the check."""
-    stale = []
-    for name in _watched():
-        module = sys.modules.get(name.replace("-", "_"))
-        with warnings.catch_warnings():  # some packages deprecate `__version__`
-            warnings.simplefilter("ignore")
-            loaded = getattr(module, "__version__", None)
-        if not isinstance(loaded, str):
-            continue
-        try:
-            installed = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed = None
-        if loaded != installed:
-            stale.append(Stale(module.__name__, loaded, installed))
-    return stale
+    than the installed one."""
+    return [found for found in map(version, _watched()) if found.stale]
 
 
 def check_loaded() -> None:
@@ -78,7 +85,7 @@ def check_loaded() -> None:
         raise RestartNeededError(
             "restart this kernel once, then run the notebook again from the top",
             "it had loaded packages before the setup changed them: "
-            + ", ".join(f"{s.name} {s.loaded} (now {s.installed or 'removed'})" for s in stale),
+            + ", ".join(f"{s.package} {s.loaded} (now {s.installed or 'removed'})" for s in stale),
             "Colab: Runtime > Restart session. Kaggle: Run > Restart. Jupyter: Kernel > Restart. Nothing is installed"
             " a second time",
         )

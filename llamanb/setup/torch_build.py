@@ -69,21 +69,16 @@ def choose_build(
     """
     default = f"torch=={VERSION}"
     if driver is None:
-        if index_reachable:
-            return Build(
-                f"{default}+cpu",
-                f"no NVIDIA driver: PyTorch's CPU build, about {DOWNLOAD_GB['cpu']} GB",
-                f"{WHEEL_INDEX}cpu",
-            )
-        return Build(default, f"no NVIDIA driver, and {WHEEL_INDEX}cpu is out of reach: {_default_download()}")
+        choice = f"PyTorch's CPU build, about {DOWNLOAD_GB['cpu']} GB"
+        return _from_index("cpu", "no NVIDIA driver", choice, index_reachable)
 
     version = tuple(int(part) for part in re.findall(r"\d+", driver))
     oldest, newest = (min(capabilities), max(capabilities)) if capabilities else (None, None)
     has_blackwell = newest is not None and newest > CU126_NEWEST_GPU
     before_turing = oldest is not None and oldest < DEFAULT_OLDEST_GPU
-    seen = f"NVIDIA driver {driver}" + (
-        f", compute capability {', '.join(sorted({f'{a}.{b}' for a, b in capabilities}))}" if capabilities else ""
-    )
+    seen = f"NVIDIA driver {driver}"
+    if capabilities:
+        seen += f", compute capability {', '.join(sorted({f'{a}.{b}' for a, b in capabilities}))}"
     if oldest is not None and oldest < CU126_OLDEST_GPU:
         raise GpuError(
             f"no build of torch {VERSION} runs on a GPU of compute capability {oldest[0]}.{oldest[1]}",
@@ -93,10 +88,10 @@ def choose_build(
         )
     if version < CU126_DRIVER or (has_blackwell and version < DEFAULT_CUDA_DRIVER):
         need = "580 or newer" if has_blackwell else "525.60.13 or newer; 580 serves every GPU since Turing"
+        why = "a Blackwell GPU needs CUDA 12.8 or newer" if has_blackwell else "its oldest CUDA is 12.6"
         raise GpuError(
             f"the NVIDIA driver {driver} is too old for torch {VERSION}",
-            f"found {seen}; "
-            + ("a Blackwell GPU needs CUDA 12.8 or newer" if has_blackwell else "its oldest CUDA is 12.6"),
+            f"found {seen}; {why}",
             f"update the driver to {need} (https://www.nvidia.com/drivers, or your distribution's package), restart,\n"
             "       and run this again",
         )
@@ -108,25 +103,23 @@ def choose_build(
         )
     if version >= DEFAULT_CUDA_DRIVER and not before_turing:
         return Build(default, f"{seen}: the default build, CUDA 13.0, about {DOWNLOAD_GB['default']} GB")
-    why = "this GPU is older than CUDA 13 serves" if before_turing else "the driver is older than CUDA 13 needs (580)"
-    if index_reachable:
-        return Build(f"{default}+cu126", f"{seen}: {why}, so the CUDA 12.6 build", f"{WHEEL_INDEX}cu126")
-    return Build(
-        default,
-        f"{seen}: {why}, and {WHEEL_INDEX}cu126 is out of reach: {_default_download()} It will not use the GPU"
-        + (
-            "; install the CUDA 12.6 build when the index answers."
-            if before_turing
-            else " before the driver is updated."
-        ),
-    )
+    why, until = "the driver is older than CUDA 13 needs (580)", " before the driver is updated."
+    if before_turing:
+        why, until = "this GPU is older than CUDA 13 serves", "; install the CUDA 12.6 build when the index answers."
+    drawback = f" It will not use the GPU{until}"
+    return _from_index("cu126", f"{seen}: {why}", "the CUDA 12.6 build", index_reachable, drawback)
 
 
-def _default_download() -> str:
-    return (
+def _from_index(local: str, found: str, choice: str, reachable: bool, drawback: str = "") -> Build:
+    """The `choice` of PyTorch's own index, or, where that is out of reach, the registry's build with its drawback."""
+    index, default = f"{WHEEL_INDEX}{local}", f"torch=={VERSION}"
+    if reachable:
+        return Build(f"{default}+{local}", f"{found}, so {choice}", index)
+    registry = (
         f"the package registry's build, which brings CUDA 13 along, about {DOWNLOAD_GB['default']:g} GB of wheels"
-        " (less where pip knows a smaller one)."
     )
+    registry += f" (less where pip knows a smaller one).{drawback}"
+    return Build(default, f"{found}, and {index} is out of reach: {registry}")
 
 
 def read_gpus() -> tuple[str | None, list[tuple[int, int]]]:
@@ -150,12 +143,9 @@ def parse_proc_version(text: str) -> str | None:
 def _query_smi(field: str) -> list[str]:
     """One value a GPU; empty when nvidia-smi is missing, fails, or is too old to know the field."""
     smi = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")  # WSL2 keeps it off PATH
-    if smi is None:
-        return []
+    command = [smi or "nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        run = subprocess.run(
-            [smi, f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
-        )
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
     lines = [line.strip() for line in run.stdout.splitlines()] if run.returncode == 0 else []
@@ -182,12 +172,18 @@ def answers(url: str, timeout_s: float = 3) -> bool:
     return answered.is_set()
 
 
+def build_for_this_machine() -> Build:
+    """`choose_build` for the driver, the GPUs and the network that are here."""
+    gpus = read_gpus()
+    build = choose_build(*gpus)
+    if build.index_url and not answers(f"{build.index_url}/torch/"):
+        build = choose_build(*gpus, index_reachable=False)
+    return build
+
+
 def main() -> int:
-    driver, capabilities = read_gpus()
     try:
-        build = choose_build(driver, capabilities)
-        if build.index_url and not answers(f"{build.index_url}/torch/"):
-            build = choose_build(driver, capabilities, index_reachable=False)
+        build = build_for_this_machine()
     except GpuError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

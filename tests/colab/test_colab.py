@@ -90,7 +90,7 @@ def test_setup_cell_says_what_it_did_and_who_is_affected(first_session):
     assert loaded.splitlines()[-1] == "18.1.0"
     assert f"pyarrow: 18.1.0 -> {after['pyarrow']}" in said
     assert "torchao: 0.10.0 -> removed" in said
-    assert f"image-dataframes 1.0 asks for pyarrow<20, now {after['pyarrow']}" in said
+    assert f"image-dataframes 1.0 has requirement pyarrow<20, but you have pyarrow {after['pyarrow']}" in said
     assert f"unchanged: torch {after['torch']}, numpy 2.1.3" in said
 
 
