@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamanb import tiny
+from llamanb import hub, tiny
 from llamanb.errors import ModelError
 from llamanb.recipe import LINEAR_LAYERS, Recipe
 
@@ -87,18 +87,6 @@ class Architecture:
         return self.layers * self.layer_parameters + ends + self.hidden
 
 
-_LARGEST = {  # far above any Llama, and low enough that a byte count stays a number a person can read
-    "hidden_size": 2**20,
-    "num_hidden_layers": 2**10,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "head_dim": 2**14,
-    "intermediate_size": 2**22,
-    "vocab_size": 2**26,
-    "max_position_embeddings": 2**32,
-}
-
-
 def from_config(fields: Mapping[str, Any], name: str) -> Architecture:
     """The architecture that a config.json describes; `name` is what errors call it.
 
@@ -108,33 +96,24 @@ def from_config(fields: Mapping[str, Any], name: str) -> Architecture:
     Raises:
         ModelError: it is no Llama, or a number in it cannot be.
     """
-    if not isinstance(fields, Mapping):
-        raise _wrong(name, f"it is a {type(fields).__name__}, not an object with fields")
-    kind = fields.get("model_type")
-    if kind != "llama":
-        raise ModelError(
-            f"{name} is a {kind!r} model, not a Llama" if kind else f"{name}: config.json has no model_type",
-            "llamanb plans and trains the Llama architecture: no mixture of experts, no vision, no Llama 4",
-            "choose a Llama 3 checkpoint, such as meta-llama/Llama-3.2-1B-Instruct",
-        )
+    hub.require_llama(fields, name)
     other = [field for field in ("num_local_experts", "vision_config", "text_config") if fields.get(field)]
     if other:
         raise _wrong(name, f"it calls itself a llama and has {other[0]}: experts and vision are not planned for")
 
-    def number(field: str, default: int | None = None) -> int:
-        value = fields.get(field)
+    def number(field: str, largest: int, default: int | None = None) -> int:
+        """At most `largest`: far above any Llama, so that a byte count stays a number that a person can read."""
+        value = default if fields.get(field) is None else fields[field]
         if value is None:
-            if default is None:
-                raise _wrong(name, f"{field} is missing")
-            return default
+            raise _wrong(name, f"{field} is missing")
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[field]:
-            raise _wrong(name, f"{field} is {str(value)[:40]!r}, not a whole number from 1 to {_LARGEST[field]:,}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+            raise _wrong(name, f"{field} is {str(value)[:40]!r}, not a whole number from 1 to {largest:,}")
         return value
 
-    hidden, heads = number("hidden_size"), number("num_attention_heads")
-    kv_heads = number("num_key_value_heads", heads)
+    hidden, heads = number("hidden_size", 2**20), number("num_attention_heads", 2**14)
+    kv_heads = number("num_key_value_heads", 2**14, heads)
     if fields.get("head_dim") is None and hidden % heads:
         raise _wrong(name, f"hidden_size {hidden} is not divided by its {heads} heads, and head_dim is not given")
     if heads % kv_heads:
@@ -145,14 +124,14 @@ def from_config(fields: Mapping[str, Any], name: str) -> Architecture:
     return Architecture(
         name=name,
         hidden=hidden,
-        layers=number("num_hidden_layers"),
+        layers=number("num_hidden_layers", 2**10),
         heads=heads,
         kv_heads=kv_heads,
-        head_size=number("head_dim", hidden // heads),
-        intermediate=number("intermediate_size"),
-        vocabulary=number("vocab_size"),
+        head_size=number("head_dim", 2**14, hidden // heads),
+        intermediate=number("intermediate_size", 2**22),
+        vocabulary=number("vocab_size", 2**26),
         tied=tied,
-        max_positions=number("max_position_embeddings", 2048),
+        max_positions=number("max_position_embeddings", 2**32, 2048),
         quantization=_quantization(fields.get("quantization_config"), name),
     )
 
@@ -181,12 +160,9 @@ def _quantization(config: Any, name: str) -> str | None:
     else:
         kind = config.get("quant_method")
     if kind not in QUANTIZATIONS:
-        raise _wrong(name, f"its weights are stored as {str(kind)[:40]!r}; what can be trained: " + _listed())
+        known = f"{', '.join(QUANTIZATIONS)} of bitsandbytes, and 16 or 32 bits"
+        raise _wrong(name, f"its weights are stored as {str(kind)[:40]!r}; what can be trained: {known}")
     return kind
-
-
-def _listed() -> str:
-    return f"{', '.join(QUANTIZATIONS)} of bitsandbytes, and 16 or 32 bits"
 
 
 def _wrong(name: str, why: str) -> ModelError:
@@ -206,52 +182,20 @@ def architecture(model: str, revision: str = "main") -> Architecture:
     Raises:
         ModelError: its config.json is missing, unreadable, or no Llama's.
     """
-    if model == "tiny":
-        return from_config(_read(tiny.CHECKPOINT / "config.json", model), model)
-    if (folder := Path(model).expanduser()).is_dir():
-        return from_config(_read(folder / "config.json", model), model)
-    if revision == "main" and (found := known(model)):
-        return found
-    from llamanb import hub
-
-    return from_config(_read(hub.checkpoint_folder(model, revision, weights=False) / "config.json", model), model)
+    folder = tiny.CHECKPOINT if model == "tiny" else Path(model).expanduser()
+    if not folder.is_dir():
+        if revision == "main" and (found := known(model)):
+            return found
+        folder = hub.checkpoint_folder(model, revision, weights=False)
+    return from_config(hub.read_config(folder, model), model)
 
 
-def _read(path: Path, name: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{name} has no readable config.json",
-            f"{path}: {type(error).__name__}: {error}",
-            "give the folder of a complete checkpoint, with config.json, tokenizer.json and *.safetensors",
-        ) from None
-
-
-# The Llama 3 family by name, as Meta published it (config.json of each repository).
+# The Llama 3 family by name: llama3.json has what Meta published, the config.json of each repository.
 
 KNOWN_OWNERS = ("meta-llama", "unsloth", "NousResearch")
 """Whose repositories of these names are the published weights; another owner's may be anything."""
 
-_8B = Architecture("", 4096, 32, 32, 8, 128, 14336, 128256, tied=False, max_positions=8192)
-_70B = replace(_8B, hidden=8192, layers=80, heads=64, intermediate=28672)
-_405B = replace(_8B, hidden=16384, layers=126, heads=128, intermediate=53248)
-_1B = Architecture("", 2048, 16, 32, 8, 64, 8192, 128256, tied=True, max_positions=131072)
-_3B = replace(_1B, hidden=3072, layers=28, heads=24, head_size=128)
-_LONG = 131072
-
-_FAMILY = {
-    "llama-3-8b": _8B,
-    "llama-3-70b": _70B,
-    "llama-3.1-8b": replace(_8B, max_positions=_LONG),
-    "llama-3.1-70b": replace(_70B, max_positions=_LONG),
-    "llama-3.1-405b": replace(_405B, max_positions=_LONG),
-    "llama-3.2-1b": _1B,
-    "llama-3.2-3b": _3B,
-    "llama-3.3-70b": replace(_70B, max_positions=_LONG),
-}
-
-
+_FAMILY = json.loads(Path(__file__).with_name("llama3.json").read_text(encoding="utf-8"))
 _NAME = re.compile(r"(?:meta-)?(llama-3(?:\.\d)?-\d+b)(?:-instruct)?(-bnb-4bit)?", re.IGNORECASE)
 
 
@@ -266,7 +210,7 @@ def known(model: str) -> Architecture | None:
     match = _NAME.fullmatch(name)
     if match is None or owner.lower() not in [known.lower() for known in KNOWN_OWNERS]:
         return None
-    found = _FAMILY.get(match[1].lower())
-    if found is None or (match[2] and owner.lower() != "unsloth"):
+    config = _FAMILY.get(match[1].lower())
+    if config is None or (match[2] and owner.lower() != "unsloth"):
         return None
-    return replace(found, name=model, quantization="nf4" if match[2] else None)
+    return replace(from_config(config, model), quantization="nf4" if match[2] else None)

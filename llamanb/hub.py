@@ -6,6 +6,7 @@ torch nor transformers is loaded; weights are safetensors only, and no code from
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import json
@@ -15,6 +16,7 @@ import shutil
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 from llamanb import tiny
@@ -89,78 +91,76 @@ def checkpoint_folder(model: str, revision: str = "main", *, weights: bool = Tru
                 "check the path, or the name on https://huggingface.co/models",
             )
         folder = _download(model, revision, weights)
-    check_architecture(folder, model)
+    read_config(folder, model)
     return folder
 
 
-def check_architecture(folder: Path, model: str) -> dict:
-    """The checkpoint's config. Raises ModelError where it has none, or is not a Llama."""
-    path = folder / "config.json"
+def read_config(folder: Path, model: str) -> dict:
+    """The checkpoint's config.json. Raises ModelError where it has none, or is not a Llama."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        require_llama(config, model)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{model} has no readable config.json",
-            f"{type(error).__name__}: {error}",
+            f"{folder}: {type(error).__name__}: {error}",
             "give the folder of a complete checkpoint, with config.json, tokenizer.json and *.safetensors",
         ) from None
-    if kind != "llama":
-        raise ModelError(
-            f"{model} is a {kind or 'model of no type'}, not a Llama",
-            "llamanb trains the Llama architecture only, and does not run code that a checkpoint brings",
-            "choose a Llama 3 checkpoint, such as meta-llama/Llama-3.2-1B-Instruct",
-        )
     return config
 
 
+def require_llama(config: Mapping, model: str) -> None:
+    """Raises ModelError where a config.json is that of another architecture."""
+    kind = config.get("model_type")
+    if kind != "llama":
+        raise ModelError(
+            f"{model} is a {kind!r} model, not a Llama" if kind else f"{model}: config.json has no model_type",
+            "llamanb plans and trains the Llama architecture (no mixture of experts, no vision, no Llama 4), and does "
+            "not run code that a checkpoint brings",
+            "choose a Llama 3 checkpoint, such as meta-llama/Llama-3.2-1B-Instruct",
+        )
+
+
 def _download(model: str, revision: str, weights: bool) -> Path:
-    import huggingface_hub
+    from huggingface_hub import errors, snapshot_download
 
     wanted = [*SMALL_FILES, WEIGHTS] if weights else list(SMALL_FILES)
     needed = ("config.json", "tokenizer*", *([WEIGHTS] if weights else []))
 
-    def complete(folder: Path) -> bool:
-        return all(any(folder.glob(name)) for name in needed)
+    def fetch(**options) -> Path:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, **options))
+
+    def lacks(folder: Path) -> list[str]:
+        return [name for name in needed if not any(folder.glob(name))]
 
     try:
-        cached = _cached(model, revision, wanted)
-        if cached and complete(cached) and not weights:
-            return cached
-        if weights and not (cached and complete(cached)):
+        folder = None
+        with contextlib.suppress(OSError, errors.HfHubHTTPError):
+            folder = fetch(local_files_only=True)
+        is_here = folder is not None and not lacks(folder)
+        if weights and not is_here:
             _check_room(model, revision)
-        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=wanted))
+        if weights or not is_here:
+            folder = fetch()
     except LlamanbError:
         raise
     except Exception as error:  # the Hub's client raises a wide family; `explain` passes on what it does not know
         raise explain(error, model) from None
-    if not complete(folder):  # without a network the client hands out what it has of a checkpoint
+    if missing := lacks(folder):  # without a network the client hands out what it has of a checkpoint
         require_network(f"model {model}")
         raise ModelError(
             f"{model} is not a complete checkpoint",
-            f"it has no {' or no '.join(name for name in needed if not any(folder.glob(name)))}",
+            f"it has no {' or no '.join(missing)}",
             "choose a checkpoint with config.json, tokenizer.json and *.safetensors",
         )
     return folder
 
 
-def _cached(model: str, revision: str, wanted: list[str]) -> Path | None:
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=wanted, local_files_only=True)
-        )
-    except (OSError, huggingface_hub.errors.HfHubHTTPError):
-        return None
-
-
 def _check_room(model: str, revision: str) -> None:
     """Compares the download with the disk before the first byte."""
-    import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
 
-    files = huggingface_hub.HfApi().model_info(model, revision=revision, files_metadata=True).siblings
+    files = HfApi().model_info(model, revision=revision, files_metadata=True).siblings
     sizes = [f.size or 0 for f in files if f.rfilename.endswith(".safetensors") and "/" not in f.rfilename]
     if not sizes:
         raise ModelError(
@@ -206,19 +206,18 @@ def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
             f"accept it at {page}{mirror}",
         )
     if first(errors.RevisionNotFoundError):
-        return ModelNotFoundError(
-            f"{kind} {name} has no such revision", "the Hub answered 404", f"see {page}/tree/main"
-        )
-    if first(errors.RepositoryNotFoundError):
-        if status == 401 and get_token() is not None:
-            return _wrong_token(name)
+        missing = f"{kind} {name} has no such revision"
+        return ModelNotFoundError(missing, "the Hub answered 404", f"see {page}/tree/main")
+    unknown = first(errors.RepositoryNotFoundError)  # the Hub says 401 for it to whoever brings no token
+    if status == 401 and (get_token() is not None or not unknown):
+        refused = f"the Hub refused the Hugging Face token, asked for {name}"
+        return WrongTokenError(refused, "not valid any more", _TOKEN_HELP)
+    if unknown:
         return ModelNotFoundError(
             f"{kind} {name!r} is not on the Hub",
             "the name is misspelled, or it is private and the token may not see it",
             f"check the name at https://huggingface.co/{kind}s?search={name.split('/')[-1]}",
         )
-    if status == 401:
-        return _wrong_token(name)
     full = first(OSError)
     if full is not None and getattr(full, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"the disk is full, while fetching {name}", str(full), "free some room, or set HF_HOME")
@@ -232,12 +231,6 @@ def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
     if kind == "dataset":
         return DataError(f"dataset {name} cannot be read", reason, f"see {page}; `owner/name:config` names a part")
     return ModelError(f"model {name} cannot be fetched", reason, f"see {page}")
-
-
-def _wrong_token(name: str) -> WrongTokenError:
-    return WrongTokenError(
-        f"the Hub refused the Hugging Face token, asked for {name}", "not valid any more", _TOKEN_HELP
-    )
 
 
 def _no_network(what: str, reason: object) -> NoNetworkError:

@@ -191,8 +191,8 @@ def test_neither_folder_nor_name():
         (None, "no readable config"),
         ("{", "no readable config"),
         ("[]", "no readable config"),
-        ('{"model_type": "qwen3"}', "is a qwen3, not a Llama"),
-        ("{}", "not a Llama"),
+        ('{"model_type": "qwen3"}', "'qwen3' model, not a Llama"),
+        ("{}", "no model_type"),
     ],
 )
 def test_a_folder_that_is_no_llama(tmp_path, config, told):
