@@ -14,6 +14,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,56 +130,51 @@ def _parse(content: bytes, source: str) -> Iterable[Row]:
     return _jsonl(text, source)
 
 
-class _Repeated(ValueError):
-    """A JSON object names a field twice."""
-
-
-def _unrepeated(pairs: list[tuple[str, object]]) -> dict:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Repeated(next(name for name in names if names.count(name) > 1))
-    return fields
-
-
-def _cut_off(error: json.JSONDecodeError) -> str:
-    at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
-    return " (it ends early)" if at_end else ""
-
-
 def _json(text: str, source: str) -> list[Row]:
     try:
-        content = json.loads(text, object_pairs_hook=_unrepeated)
-    except _Repeated as error:
-        raise _duplicate(source, str(error)) from None
+        content = json.loads(text, object_pairs_hook=partial(_fields, source))
     except RecursionError:
         raise DataError(f"{source} is nested too deeply", "no row looks like that", "give a list of rows") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, under the wrong name
             return _jsonl(text, source)
-        raise DataError(
-            f"{source}, line {error.lineno}, column {error.colno}: not JSON",
-            error.msg + _cut_off(error),
-            "write the file again; if a download broke off, fetch it again",
-        ) from None
+        fix = "write the file again; if a download broke off, fetch it again"
+        raise _not_json(f"{source}, line {error.lineno}", error, fix) from None
     if isinstance(content, dict):  # rows under one name, as in SQuAD's own files
         lists = [name for name, value in content.items() if isinstance(value, list)]
         if len(lists) != 1:
-            raise DataError(
-                f"{source} is one object, not a list of rows",
-                f"its fields are: {', '.join(map(str, content)) or 'none'}",
-                'write [{"instruction": ..., "output": ...}, ...]',
-            )
+            raise _no_list(f"{source} is one object", f"its fields are: {', '.join(map(str, content)) or 'none'}")
         content = content[lists[0]]
         if content and isinstance(content[0], dict) and "paragraphs" in content[0]:
-            return list(_nested_squad(content, lists[0]))
+            articles = [_object(f"{lists[0]}[{i}]", article) for i, article in enumerate(content)]
+            return [row for article in articles for row in _under(article, ("paragraphs", "qas"))]
     if not isinstance(content, list):
-        raise DataError(
-            f"{source} is a JSON {type(content).__name__}, not a list of rows",
-            "a row is an object with named fields",
-            'write [{"instruction": ..., "output": ...}, ...]',
-        )
+        raise _no_list(f"{source} is a JSON {type(content).__name__}", "a row is an object with named fields")
     return [_object(f"row {i}", value) for i, value in enumerate(content, 1)]
+
+
+def _fields(where: str, pairs: list[tuple[str, object]]) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        _require_once([name for name, _ in pairs], where)
+    return fields
+
+
+def _require_once(columns: list[str], where: str) -> None:
+    for name in columns:
+        if columns.count(name) > 1:
+            what = f"{where}: column {name!r} stands twice"
+            raise DataError(what, "it is not clear which of the two is meant", "rename or remove one of them")
+
+
+def _not_json(where: str, error: json.JSONDecodeError, fix: str) -> DataError:
+    at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+    why = f"{error.msg} (it ends early)" if at_end else error.msg
+    return DataError(f"{where}, column {error.colno}: not JSON", why, fix)
+
+
+def _no_list(what: str, why: str) -> DataError:
+    return DataError(f"{what}, not a list of rows", why, 'write [{"instruction": ..., "output": ...}, ...]')
 
 
 def _object(place: str, value: object) -> Row:
@@ -187,24 +183,20 @@ def _object(place: str, value: object) -> Row:
     return Row(place, BadRow(None, f"is a {type(value).__name__}, not an object with named fields"))
 
 
-def _nested_squad(articles: list, name: str) -> Iterable[Row]:
-    """Questions of SQuAD's own layout: articles hold paragraphs, and paragraphs hold questions about one context."""
-    for a, article in enumerate(articles):
-        paragraphs = article.get("paragraphs") if isinstance(article, dict) else None
-        if not isinstance(paragraphs, list):
-            yield Row(f"{name}[{a}]", BadRow("paragraphs", "is missing or not a list"))
-            continue
-        for p, paragraph in enumerate(paragraphs):
-            place = f"{name}[{a}].paragraphs[{p}]"
-            questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
-            if not isinstance(questions, list):
-                yield Row(place, BadRow("qas", "is missing or not a list"))
-                continue
-            for q, question in enumerate(questions):
-                if not isinstance(question, dict):
-                    yield _object(f"{place}.qas[{q}]", question)
-                    continue
-                yield Row(f"{place}.qas[{q}]", {"context": paragraph.get("context"), **question})
+def _under(row: Row, names: tuple[str, ...]) -> Iterable[Row]:
+    """What stands in the lists of these names, one within the other: in SQuAD's own files articles hold paragraphs, and
+    paragraphs hold questions about one context."""
+    if not names or isinstance(row.values, BadRow):
+        yield row
+        return
+    entries = row.values.get(names[0])
+    if not isinstance(entries, list):
+        yield Row(row.place, BadRow(names[0], "is missing or not a list"))
+        return
+    for i, entry in enumerate(entries):
+        if isinstance(entry, dict):
+            entry = {"context": row.values.get("context"), **entry}
+        yield from _under(_object(f"{row.place}.{names[0]}[{i}]", entry), names[1:])
 
 
 def _jsonl(text: str, source: str) -> list[Row]:
@@ -215,17 +207,11 @@ def _jsonl(text: str, source: str) -> list[Row]:
         number = len(rows) + 1
         place = f"row {number}" if number == line_number else f"row {number} (line {line_number})"
         try:
-            rows.append(_object(place, json.loads(line, object_pairs_hook=_unrepeated)))
-        except _Repeated as error:
-            raise _duplicate(f"{source}, {place}", str(error)) from None
+            rows.append(_object(place, json.loads(line, object_pairs_hook=partial(_fields, f"{source}, {place}"))))
         except RecursionError:
             rows.append(Row(place, BadRow(None, "is nested too deeply")))
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{source}, {place}, column {error.colno}: not JSON",
-                error.msg + _cut_off(error),
-                "write one complete JSON object a line",
-            ) from None
+            raise _not_json(f"{source}, {place}", error, "write one complete JSON object a line") from None
     return rows
 
 
@@ -235,9 +221,7 @@ def _csv(text: str, source: str) -> list[Row]:
     rows: list[Row] = []
     try:
         header = next(reader)
-        for name in header:
-            if header.count(name) > 1:
-                raise _duplicate(source, name)
+        _require_once(header, source)
         for cells in reader:
             if not cells:
                 continue
@@ -263,18 +247,8 @@ def _parquet(content: bytes, source: str) -> list[Row]:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{source} is not a parquet file", str(error), "write or download it again") from None
-    for name in table.column_names:
-        if table.column_names.count(name) > 1:
-            raise _duplicate(source, name)
+    _require_once(table.column_names, source)
     return [Row(f"row {i}", values) for i, values in enumerate(table.to_pylist(), 1)]
-
-
-def _duplicate(where: str, name: str) -> DataError:
-    return DataError(
-        f"{where}: column {name!r} stands twice",
-        "it is not clear which of the two is meant",
-        "rename or remove one of them",
-    )
 
 
 def _hub_rows(source: str, split: str) -> list[Row]:
