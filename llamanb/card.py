@@ -33,17 +33,17 @@ KERNELS_LATER_GIB = 0.14
 """Free memory that kernels loaded later still take, outside torch's allocator: from 0.60 GiB after the first tensor to
 0.73 at the end of a QLoRA step on an H200. Smaller cards take less."""
 
-UNITS = {
-    "vram_gib": "GiB",
-    "free_gib": "GiB",
-    "context_gib": "GiB",
-    "blas_workspace_mib": "MiB",
-    "tflops": "TFLOP/s",
-    "bandwidth_gbs": "GB/s",
-    "host_link_gbs": "GB/s",
-    "launch_us": "microseconds",
+FIGURES = {
+    "vram_gib": ("GiB", ""),
+    "free_gib": ("GiB", ""),
+    "context_gib": ("GiB", "outside torch's allocator"),
+    "blas_workspace_mib": ("MiB", ""),
+    "tflops": ("TFLOP/s", "16-bit products"),
+    "bandwidth_gbs": ("GB/s", "its memory"),
+    "host_link_gbs": ("GB/s", "from the host"),
+    "launch_us": ("microseconds", "launch of an operation"),
 }
-"""Of a card's numbers."""
+"""Units of a card's numbers, and what those are called that have a row of their own in its table."""
 SPEEDS = ("tflops", "bandwidth_gbs", "host_link_gbs", "launch_us")
 
 BF16_CAPABILITY = (8, 0)
@@ -144,35 +144,37 @@ class Card:
     """Where these figures come from."""
 
     def __post_init__(self):
-        fix = 'For example Card(name="T4", capability=(7, 5), vram_gib=14.56, free_gib=14.0).'
         for field in ("attention", "attention_gqa"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field, unit in UNITS.items():
+        for field, (unit, _) in FIGURES.items():
             value = getattr(self, field)
             if value is None and field != "vram_gib":
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < math.inf or (field in SPEEDS and not value):
-                why = f"It is in {unit}, {'above 0' if field in SPEEDS else '0 or more'}."
-                raise GpuError(f"Card {self.name!r}: {field}={value!r}", why, fix)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            least = "above 0" if field in SPEEDS else "0 or more"
+            self._require(number and (value or field not in SPEEDS), f"{field}={value!r}", f"It is in {unit}, {least}.")
         if self.capability is not None:
             pair = tuple(self.capability) if isinstance(self.capability, list | tuple) else ()
-            if len(pair) != 2 or not all(type(part) is int and part >= 0 for part in pair):
-                why = "It is a pair of whole numbers, or None for a CPU."
-                raise GpuError(f"Card {self.name!r}: capability={self.capability!r}", why, fix)
+            fits = len(pair) == 2 and all(type(part) is int and part >= 0 for part in pair)
+            why = "It is a pair of whole numbers, or None for a CPU."
+            self._require(fits, f"capability={self.capability!r}", why)
             object.__setattr__(self, "capability", pair)
-        if self.context_gib and self.context_gib >= self.vram_gib:
-            why = f"vram_gib={self.vram_gib} is all there is, and tensors need some of it."
-            raise GpuError(f"Card {self.name!r}: context_gib={self.context_gib}", why, fix)
+        context, all_there_is = self.context_gib or 0, f"vram_gib={self.vram_gib} is all there is"
+        self._require(
+            not context or context < self.vram_gib,
+            f"context_gib={context}",
+            f"{all_there_is}, and tensors need some of it.",
+        )
         if self.free_gib is None:
-            object.__setattr__(self, "free_gib", self.vram_gib - (self.context_gib or 0))
-        if self.free_gib > self.vram_gib:
-            why = f"vram_gib={self.vram_gib} is all there is."
-            raise GpuError(f"Card {self.name!r}: free_gib={self.free_gib}", why, fix)
-        unknown = sorted({*self.attention, *self.attention_gqa} - KERNELS.keys())
-        if unknown:
-            why = f"Known kernels: {', '.join(KERNELS)}."
-            raise GpuError(f"Card {self.name!r}: no attention kernel is called {', '.join(unknown)}", why, fix)
+            object.__setattr__(self, "free_gib", self.vram_gib - context)
+        self._require(self.free_gib <= self.vram_gib, f"free_gib={self.free_gib}", f"{all_there_is}.")
+        unknown = ", ".join(sorted({*self.attention, *self.attention_gqa} - KERNELS.keys()))
+        self._require(not unknown, f"no attention kernel is called {unknown}", f"Known kernels: {', '.join(KERNELS)}.")
+
+    def _require(self, holds: object, what: str, why: str) -> None:
+        if not holds:
+            fix = 'For example Card(name="T4", capability=(7, 5), vram_gib=14.56, free_gib=14.0).'
+            raise GpuError(f"Card {self.name!r}: {what}", why, fix)
 
     @classmethod
     def present(
@@ -187,11 +189,9 @@ class Card:
         """
         torch = torch or importlib.import_module("torch")
         pages = "WSL2" not in surroundings()
-        try_attention = try_attention or working_attention
         index, _ = gpu_in_use(torch)
         if index is None:
             card = cls(name="CPU", capability=None)
-            tried = try_attention(card.dtype, "cpu")
         else:
             with answering():
                 properties = torch.cuda.get_device_properties(index)
@@ -200,7 +200,7 @@ class Card:
             left = max(free / GIB - KERNELS_LATER_GIB, 0.0)
             workspace = blas_workspace_mib(torch, capability)
             card = cls(properties.name, capability, total / GIB, left, blas_workspace_mib=workspace, pages=pages)
-            tried = try_attention(card.dtype, f"cuda:{index}")
+        tried = (try_attention or working_attention)(card.dtype, "cpu" if index is None else f"cuda:{index}")
         return replace(card, attention=tried.runs(), attention_gqa=tried.runs(gqa=True))
 
     @classmethod
@@ -297,16 +297,9 @@ class Card:
             ["attention", ", ".join(self.attention) or "not tried"],
             ["attention, grouped heads", ", ".join(self.attention_gqa) or "not tried"],
         ]
-        labels = {
-            "context_gib": "outside torch's allocator",
-            "tflops": "16-bit products",
-            "bandwidth_gbs": "its memory",
-            "host_link_gbs": "from the host",
-            "launch_us": "launch of an operation",
-        }
-        for field, label in labels.items():
-            if (value := getattr(self, field)) is not None:
-                rows.append([label, f"{value:.3g} {UNITS[field]}"])
+        for field, (unit, label) in FIGURES.items():
+            if label and (value := getattr(self, field)) is not None:
+                rows.append([label, f"{value:.3g} {unit}"])
         rows += [["figures from", self.source]] if self.source else []
         return Table(["card", self.name], rows)
 

@@ -19,7 +19,7 @@ from llamanb import machine
 from llamanb.card import Card, Precision, choose_precision
 from llamanb.errors import GpuError, LlamanbError
 from llamanb.html import Table, join, paragraph, visible
-from llamanb.nvml import NvmlMemory, ask, gpu_processes, nvml_handle, nvml_memory, start_nvml
+from llamanb.nvml import NvmlMemory, ask, gpu_processes, nvml_handle, nvml_handles, nvml_memory, start_nvml
 from llamanb.setup.loaded import version
 from llamanb.trials import Attention, try_precisions, working_attention
 
@@ -217,13 +217,9 @@ WHOLE_CARD = "the whole card, every process"
 
 def gpus_nvml_sees(nvml: Any) -> list[tuple[str, NvmlMemory | None]]:
     """(name, memory) of each GPU that NVML lists, whether torch can use it or not."""
-    handles = (
-        ask(nvml.nvmlDeviceGetHandleByIndex, number)
-        for number in range(ask(getattr(nvml, "nvmlDeviceGetCount", None)) or 0)
-    )
     return [
         (str(ask(nvml.nvmlDeviceGetName, handle) or "a GPU"), nvml_memory(nvml, handle))
-        for handle in handles
+        for handle in nvml_handles(nvml)
         if handle is not None
     ]
 

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,7 +23,7 @@ from typing import Any
 
 from llamanb import cards, trials
 from llamanb.card import GIB, SPEEDS, Card, gpu_in_use
-from llamanb.nvml import ask, gpu_processes, gpu_uuid, nvml_handle, nvml_memory, only_gpu, start_nvml
+from llamanb.nvml import ask, gpu_processes, gpu_uuid, nvml_handle, nvml_handles, nvml_memory, only_gpu, start_nvml
 
 FIGURES = ("context_gib", *SPEEDS)
 """What a kept measurement or the table adds to a card that was only looked at."""
@@ -71,10 +70,7 @@ def measure(
 
 def _used(nvml: Any) -> dict[str | None, int]:
     """Bytes in use by UUID, of every GPU that NVML lists."""
-    if nvml is None:
-        return {}
-    handles = [ask(nvml.nvmlDeviceGetHandleByIndex, i) for i in range(ask(nvml.nvmlDeviceGetCount) or 0)]
-    seen = {gpu_uuid(nvml, handle): nvml_memory(nvml, handle) for handle in handles if handle is not None}
+    seen = {gpu_uuid(nvml, handle): nvml_memory(nvml, handle) for handle in nvml_handles(nvml) if handle is not None}
     return {uuid: memory.used for uuid, memory in seen.items() if memory}
 
 
@@ -177,9 +173,9 @@ def keep(card: Card, key: str, nvml: Any = None) -> Path | None:
     path = _file(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".new", delete=False, encoding="utf-8") as file:
-            json.dump({"for": _versions(nvml), "card": dataclasses.asdict(card)}, file, indent=1)
-        os.replace(file.name, path)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps({"for": _versions(nvml), "card": dataclasses.asdict(card)}, indent=1))
+        new.replace(path)
     except OSError as error:
         warnings.warn(f"the measurement of {card.name} could not be kept in {path.parent}: {error}", stacklevel=2)
         return None

@@ -59,13 +59,19 @@ def nvml_handle(nvml: Any, properties: Any) -> Any:
     return ask(getattr(nvml, "nvmlDeviceGetHandleByPciBusId", None), address)
 
 
+def nvml_handles(nvml: Any) -> list[Any]:
+    """NVML's handle of every GPU that it lists, hidden from torch or not; None for one that does not answer."""
+    count = ask(getattr(nvml, "nvmlDeviceGetCount", None)) or 0
+    return [ask(nvml.nvmlDeviceGetHandleByIndex, number) for number in range(count)]
+
+
 def only_gpu(nvml: Any, environ: Mapping[str, str] = os.environ) -> Any:
     """NVML's handle of the one GPU that a new process would see; None when there are several, none, or no telling.
 
     CUDA_VISIBLE_DEVICES may name numbers or the beginnings of UUIDs. Numbers among several GPUs count only in bus
     order (CUDA_DEVICE_ORDER=PCI_BUS_ID), which is NVML's. A GPU cut into slices (MIG) does not count.
     """
-    handles = [ask(nvml.nvmlDeviceGetHandleByIndex, i) for i in range(ask(nvml.nvmlDeviceGetCount) or 0)]
+    handles = nvml_handles(nvml)
     if None in handles:
         return None
     visible = environ.get("CUDA_VISIBLE_DEVICES")

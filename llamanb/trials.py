@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llamanb.html import Table
@@ -44,10 +45,7 @@ class Attention:
         return tuple(kernel for kernel, error in (self.grouped if gqa else self.plain).items() if not error)
 
     def table(self) -> Table:
-        def cell(error: str) -> str:
-            return error or "runs"
-
-        rows = [[kernel, cell(self.plain[kernel]), cell(self.grouped[kernel])] for kernel in self.plain]
+        rows = [[kernel, self.plain[kernel] or "runs", self.grouped[kernel] or "runs"] for kernel in self.plain]
         caption = f"Attention kernels tried on {self.device} in {self.dtype}, forward and backward"
         return Table(["kernel", "equal heads", "grouped heads (Llama 3)"], rows, caption)
 
@@ -135,7 +133,7 @@ def refusal(kernel: str, error: Exception, messages: Sequence[str]) -> str:
 def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str, float | str]:
     """TFLOP/s of one matrix product in each of `DTYPES`, or the error where it does not run.
 
-    A hint, not a benchmark: the best of three, on square matrices. It shows which precision has matrix units: a T4
+    A hint, not a benchmark: the mean of four, on square matrices. It shows which precision has matrix units: a T4
     takes bf16 and computes it many times slower than fp16.
 
     Args:
@@ -149,20 +147,30 @@ def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str
     for name, dtype in DTYPES.items():
         try:
             matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
-            seconds = []
-            for _ in range(4):  # the first one loads the kernel
-                start = time.perf_counter()
-                matrix @ matrix
-                if on_gpu:
-                    torch.cuda.synchronize(device)
-                seconds.append(time.perf_counter() - start)
-            found[name] = 2 * size**3 / min(seconds[1:]) / 1e12
+            found[name] = 2 * size**3 / _seconds_per_call(partial(torch.mm, matrix, matrix), device) / 1e12
         except Exception as error:  # the refusal is the answer, whatever its type
             found[name] = _plain(error)
         matrix = None
     if on_gpu and torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what the matrices took is for whoever comes next
     return found
+
+
+def _seconds_per_call(work: Callable[[], Any], device: str, at_least_s: float = 0.0, burst: int = 4) -> float:
+    """Seconds that one `work()` takes, over bursts that keep a GPU's queue from running empty."""
+    torch = importlib.import_module("torch")
+    synchronize = partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else lambda: None
+    for _ in range(2):  # loads kernels, and lets the clock rise
+        work()
+    synchronize()
+    done, start = 0, time.perf_counter()
+    while True:
+        for _ in range(burst):
+            work()
+        synchronize()
+        done, spent = done + burst, time.perf_counter() - start
+        if spent >= at_least_s:
+            return spent / done
 
 
 @dataclass(frozen=True)
@@ -191,38 +199,25 @@ def measure_rates(dtype: str, device: str, *, free_gib: float, seconds: float = 
     room = min(free_gib / 4, 0.5) * 2**30
     what = getattr(torch, DTYPES[dtype])
 
-    def per_call(work: Callable[[], Any], at_least_s: float, burst: int = 4) -> float:
-        """Seconds that one `work()` takes, over bursts that keep the GPU's queue from running empty."""
-        for _ in range(2):  # loads kernels, and lets the clock rise
-            work()
-        torch.cuda.synchronize(device)
-        done, start = 0, time.perf_counter()
-        while True:
-            for _ in range(burst):
-                work()
-            torch.cuda.synchronize(device)
-            done, spent = done + burst, time.perf_counter() - start
-            if spent >= at_least_s:
-                return spent / done
-
     def products() -> float:
         size = 8192
         while size > 512 and 3 * 2 * size**2 > room:
             size //= 2
         a, b = (torch.randn(size, size, device=device, dtype=what) for _ in range(2))
         out = torch.empty_like(a)
-        return 2 * size**3 / per_call(lambda: torch.mm(a, b, out=out), seconds) / 1e12
+        return 2 * size**3 / _seconds_per_call(lambda: torch.mm(a, b, out=out), device, seconds) / 1e12
 
     def copies() -> float:
         size = int(room // 2)
         source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-        return 2 * size / per_call(lambda: target.copy_(source), seconds / 4) / 1e9  # read once, written once
+        taken_s = _seconds_per_call(lambda: target.copy_(source), device, seconds / 4)
+        return 2 * size / taken_s / 1e9  # read once, written once
 
     def from_host() -> float:
         size = min(64 * 2**20, int(room))
         source = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
         target = torch.zeros(size, dtype=torch.uint8, device=device)
-        return size / per_call(lambda: target.copy_(source, non_blocking=True), seconds / 4) / 1e9
+        return size / _seconds_per_call(lambda: target.copy_(source, non_blocking=True), device, seconds / 4) / 1e9
 
     def launches() -> float:
         number = torch.zeros(1, device=device)
