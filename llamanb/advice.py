@@ -34,18 +34,14 @@ def does_not_fit(plan: Plan, model: Architecture, *, rehearsed: bool = False) ->
     bucket = max(memory.buckets, key=memory.buckets.get)
     what = f"{recipe.model} ({recipe.method}) needs {plan.needs_gib:.2f} GiB at the least, and {card.name} has "
     what += f"{plan.limit_gib:.2f} to plan with"
-    why = (
-        f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, the largest part of it {bucket}: "
-    )
-    why += f"{memory.buckets[bucket] / GIB:.2f} GiB"
+    why = f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, the largest part of it "
+    why += f"{bucket}: {memory.buckets[bucket] / GIB:.2f} GiB"
     taken = card.vram_gib - card.free_gib - (card.context_gib or CONTEXT_GIB)
     if taken > TAKEN * card.vram_gib:
         why += f"; {taken:.2f} of the card's {card.vram_gib:.2f} GiB were taken before"
         if whole := fitting(recipe, replace(card, free_gib=card.free_gib + taken), model):
-            change = (
-                f"free the {taken:.2f} GiB that other processes hold (nvidia-smi), or this one's tensors (restart it)"
-            )
-            changes.rows.insert(0, [change, f"{whole.needs_gib:.2f} GiB", "nothing that is learned"])
+            free = f"free the {taken:.2f} GiB that other processes hold (nvidia-smi), or this one's tensors (restart)"
+            changes.rows.insert(0, [free, f"{whole.needs_gib:.2f} GiB", "nothing that is learned"])
     fix = changes.rows[0][0] if changes.rows else "no single change is enough: take a smaller model and shorter rows"
     if rehearsed and changes.rows:
         fix += " (what would fit is predicted, not rehearsed)"
@@ -71,11 +67,8 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
     if recipe.checkpointing == "none":
         yield "checkpointing = 'auto'", "time: some layers are computed twice", tried(checkpointing="auto")
     if recipe.micro_batch_size and recipe.micro_batch_size > 1:
-        yield (
-            "micro_batch_size = None",
-            "nothing that is learned: more, smaller micro-batches",
-            tried(micro_batch_size=None),
-        )
+        costs = "nothing that is learned: more, smaller micro-batches"
+        yield "micro_batch_size = None", costs, tried(micro_batch_size=None)
     if recipe.precision == "fp32":
         yield "precision = 'auto'", "digits that training does not need", tried(precision="auto")
     if recipe.quantization in ("nf4", "fp4") and not recipe.double_quant and model.quantization is None:
@@ -85,15 +78,12 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
     if recipe.checkpointing != "offloaded":
         yield "checkpointing = 'offloaded'", "time: copies to host memory", tried(checkpointing="offloaded")
     if recipe.max_length > SHORTEST:
-        yield (
-            lambda plan: f"max_length = {plan.recipe.max_length}",
-            "longer rows are skipped or cut",
-            lambda: _longest(recipe, card, model),
-        )
+        change = (lambda plan: f"max_length = {plan.recipe.max_length}"), "longer rows are skipped or cut"
+        yield *change, lambda: _longest(recipe, card, model)
     if recipe.rank > 8:
-        ranks = (recipe.rank >> n for n in range(1, recipe.rank.bit_length() - 3))
-        smaller = [recipe.replace(rank=rank) for rank in ranks]
-        yield (lambda plan: f"rank = {plan.recipe.rank}"), "room to learn", lambda: _first(smaller, card, model)
+        ranks = [recipe.rank >> n for n in range(1, recipe.rank.bit_length() - 3)]
+        change = (lambda plan: f"rank = {plan.recipe.rank}"), "room to learn"
+        yield *change, lambda: _first((recipe.replace(rank=rank), card, model) for rank in ranks)
     if recipe.targets != "attention" and recipe.adapters:
         yield "targets = 'attention'", "some of what can be learned", tried(targets="attention")
     if recipe.method != "qlora-nf4":
@@ -133,22 +123,20 @@ def _most(steps: int, recipe: Recipe, card: Card, model: Architecture, gaps: flo
     return bisect_left(range(steps + 1), True, 1, key=too_long) - 1
 
 
-def _first(recipes: Iterable[Recipe], card: Card, model: Architecture) -> Plan | None:
-    return next((made for recipe in recipes if (made := fitting(recipe, card, model))), None)
+def _first(attempts: Iterable[tuple[Recipe, Card, Architecture]]) -> Plan | None:
+    return next((made for attempt in attempts if (made := fitting(*attempt))), None)
 
 
 def _smaller_model(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
     """The plan for the largest smaller model that fits."""
-    shapes = {name: architecture(name) for name in SMALLER}
-    smaller = (name for name, shape in shapes.items() if shape.parameters < model.parameters)
-    return next((made for name in smaller if (made := fitting(recipe.replace(model=name), card, shapes[name]))), None)
+    smaller = (shape for shape in map(architecture, SMALLER) if shape.parameters < model.parameters)
+    return _first((recipe.replace(model=shape.name), card, shape) for shape in smaller)
 
 
 def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
-    larger = sorted(KNOWN.values(), key=lambda one: one.vram_gib)
-    larger = (one for one in larger if one.vram_gib > card.vram_gib and one.runs_default_torch)
-    larger = (one for one in larger if recipe.precision != "bf16" or one.dtype == "bf16")
-    return next((made for one in larger if (made := fitting(recipe, one, model))), None)
+    larger = sorted((one for one in KNOWN.values() if one.vram_gib > card.vram_gib), key=lambda one: one.vram_gib)
+    able = (one for one in larger if one.runs_default_torch and (recipe.precision != "bf16" or one.dtype == "bf16"))
+    return _first((recipe, one, model) for one in able)
 
 
 def trainable(card: Card | str | None = None) -> Table:
@@ -162,10 +150,8 @@ def trainable(card: Card | str | None = None) -> Table:
         model = architecture(name)
         cells = [f"{longest:,}" if (longest := _reach(model, method, card)) else "no" for method in TABLE_METHODS]
         rows.append([name.split("/")[1], f"{model.parameters / 1e9:.2f} B", *cells])
-    caption = (
-        f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB, less a margin): one row at a time, every "
-    )
-    caption += "layer recomputed, rank 16 on all linear layers"
+    caption = f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB, less a margin): one row at a time, "
+    caption += "every layer recomputed, rank 16 on all linear layers"
     return Table(headers, rows, caption)
 
 

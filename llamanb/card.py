@@ -72,9 +72,8 @@ def choose_precision(capability: tuple[int, int] | None, wanted: str = "auto") -
         GpuError: bf16 below capability 8.0, or fp16 on a CPU.
     """
     if wanted not in ("auto", *DTYPES):
-        raise RecipeError(
-            f"precision={wanted!r}", "It is not a precision that llamanb knows.", f"One of: auto, {', '.join(DTYPES)}."
-        )
+        why = "It is not a precision that llamanb knows."
+        raise RecipeError(f"precision={wanted!r}", why, f"One of: auto, {', '.join(DTYPES)}.")
     if capability is None:
         if wanted == "fp16":
             raise GpuError(
@@ -100,9 +99,8 @@ def choose_precision(capability: tuple[int, int] | None, wanted: str = "auto") -
         return Precision(wanted, "as asked")
     if has_bf16:
         return Precision("bf16", f"compute capability {number} has bf16, which needs no loss scaling")
-    return Precision(
-        "fp16", f"compute capability {number} is below 8.0: bf16 would be emulated (torch still calls it supported)"
-    )
+    reason = f"compute capability {number} is below 8.0: bf16 would be emulated (torch still calls it supported)"
+    return Precision("fp16", reason)
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,11 @@ def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
 def room(folder: str | os.PathLike) -> str:
     """Free and total room, in words, of the disk that `folder` is on or would be on once it is made."""
     path = Path(folder).expanduser().absolute()
-    for place in (path, *path.parents):
-        try:
-            disk = shutil.disk_usage(place)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:  # no permission, a drive that went away
-            return f"not known: {error.strerror} ({place})"
-        return f"{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f} GiB ({path})"
-    return f"not known ({path})"
+    try:
+        disk = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists()))
+    except OSError as error:  # no permission, a drive that went away
+        return f"not known: {error.strerror} ({path})"
+    return f"{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f} GiB ({path})"
 
 
 def _read(path: Path) -> str:

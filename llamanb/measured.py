@@ -103,10 +103,10 @@ def here(
     Raises:
         GpuError: torch sees a GPU that does not answer.
     """
-    if torch is None and not _has_context():
-        card = _without_torch(nvml, environ)
-        if card is not None:
-            return card
+    loaded = sys.modules.get("torch")
+    has_context = loaded is not None and loaded.cuda.is_initialized()
+    if torch is None and not has_context and (card := _without_torch(nvml, environ)):
+        return card
     torch = torch or importlib.import_module("torch")
     card = Card.present(torch=torch, nvml=nvml, try_attention=try_attention)
     if not card.is_gpu:
@@ -123,11 +123,6 @@ def figures(properties: Any, vram_gib: float, nvml: Any = None) -> Card | None:
     same product; None when it is neither measured nor known."""
     started, _ = start_nvml(nvml)
     return kept(_key(properties), started) or cards.match(properties.name, vram_gib)
-
-
-def _has_context() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.cuda.is_initialized()
 
 
 def _without_torch(nvml: Any, environ: Mapping) -> Card | None:

@@ -7,32 +7,22 @@ GPU, so every answer may be None. Where a function takes `nvml`, leave it out to
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
-@functools.cache
-def _real_nvml() -> tuple[Any, str]:
-    try:
-        return importlib.import_module("pynvml"), ""
-    except ImportError:
-        return None, "nvidia-ml-py is not installed (pip install nvidia-ml-py)"
-
-
 def start_nvml(nvml: Any = None) -> tuple[Any, str]:
     """NVML's module (nvidia-ml-py's `pynvml`), started, or None and why it cannot be used. Raises nothing."""
-    why = ""
-    if nvml is None:
-        nvml, why = _real_nvml()
-    if nvml is not None:
-        try:
-            nvml.nvmlInit()
-        except Exception as error:  # no library, no driver, driver and library of different versions
-            nvml, why = None, f"NVML says: {first_line(error)}"
-    return nvml, why
+    try:
+        nvml = nvml or importlib.import_module("pynvml")
+        nvml.nvmlInit()
+    except ImportError:
+        return None, "nvidia-ml-py is not installed (pip install nvidia-ml-py)"
+    except Exception as error:  # no library, no driver, driver and library of different versions
+        return None, f"NVML says: {first_line(error)}"
+    return nvml, ""
 
 
 def ask(function: Callable | None, *args: Any) -> Any:
@@ -76,10 +66,7 @@ def only_gpu(nvml: Any, environ: Mapping[str, str] = os.environ) -> Any:
         return None
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        entries = [entry.strip() for entry in visible.split(",")]
-        if len(entries) != 1:
-            return None
-        (entry,) = entries
+        entry = visible.strip()
         if entry.startswith("GPU-"):
             handles = [handle for handle in handles if (gpu_uuid(nvml, handle) or "").startswith(entry)]
         elif entry.isdecimal() and (len(handles) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"):

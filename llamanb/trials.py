@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from llamanb.html import Table
+from llamanb.nvml import first_line
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """The names used in recipes and cards, and what torch calls them."""
@@ -243,7 +244,7 @@ def measure_rates(dtype: str, device: str, *, free_gib: float, seconds: float = 
 
 
 def _plain(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error) or type(error).__name__
     if text.startswith(("No available kernel", "No viable backend")):  # and no reason came with it
         return "torch has no such kernel for this device and dtype"
     return text

@@ -53,14 +53,10 @@ def load_tokenizer(folder: Path):
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"no tokenizer in {folder}", str(error).split("\n")[0], "the folder needs a tokenizer.json"
-        ) from None
-    vocabulary = tokenizer.get_vocab()
-    if (
-        tokenizer.chat_template is None
-        and {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= vocabulary.keys()
-    ):
+        why = str(error).split("\n")[0]
+        raise ModelError(f"no tokenizer in {folder}", why, "the folder needs a tokenizer.json") from None
+    vocabulary, marks = tokenizer.get_vocab(), {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
+    if tokenizer.chat_template is None and marks <= vocabulary.keys():
         tokenizer.chat_template = LLAMA3_TEMPLATE
     if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.eos_token, *END_TOKENS):
         free = next((t for t in PAD_TOKENS if t in vocabulary), None)
@@ -93,9 +89,8 @@ def render(tokenizer, messages: list[dict], tools: list[dict] | None = None, *, 
             "and Llama 3's does not fit: its vocabulary lacks <|start_header_id|> or <|eot_id|>",
             "use the Instruct checkpoint, or plain text rows (a column `text`)",
         )
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, date_string=DATE
-    )
+    options = {"tokenize": False, "add_generation_prompt": prompt, "date_string": DATE}
+    return tokenizer.apply_chat_template(messages, tools=tools, **options)
 
 
 class Encoder:
@@ -122,8 +117,12 @@ class Encoder:
             text, spans = self._rendered(example)
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = tokens["input_ids"]
-        inside = [True] * len(ids) if self.everything else _inside(tokens["offset_mapping"], spans)
-        labels = [i if keep else IGNORE for i, keep in zip(ids, inside, strict=True)]
+        if self.everything:
+            spans = [(0, len(text))]
+        labels = [
+            token if any(begin <= first < end and last <= end for begin, end in spans) else IGNORE
+            for token, (first, last) in zip(ids, tokens["offset_mapping"], strict=True)
+        ]
         encoded = Encoded(ids, [IGNORE, *labels[1:]])  # nothing stands before the first token to predict it from
         if not encoded.trained_tokens:
             raise BadRow(example.column, "has no token to learn from")
@@ -141,9 +140,8 @@ class Encoder:
         try:
             text = render(self.tokenizer, messages, tools)
             if tools and text == render(self.tokenizer, messages):
-                raise BadRow(
-                    "tools", "the chat template leaves the tools out: this checkpoint was not made to call any"
-                )
+                why = "the chat template leaves the tools out: this checkpoint was not made to call any"
+                raise BadRow("tools", why)
             spans = []
             for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
                 before = render(self.tokenizer, messages[:i], tools, prompt=True)
@@ -159,8 +157,7 @@ class Encoder:
         except jinja2.TemplateError as error:
             raise BadRow(column, f"the chat template refuses it: {error}") from None
         except (TypeError, KeyError, AttributeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise BadRow(column, f"the chat template cannot render it: {reason}") from None
+            raise BadRow(column, f"the chat template cannot render it: {type(error).__name__}: {error}") from None
         return text, spans
 
 
@@ -178,13 +175,3 @@ def _said(message: dict) -> list[str]:
     """What a template must show of an assistant's turn: its words, and the names of what it calls."""
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
     return [part for part in (message["content"].strip(), *calls) if part]
-
-
-def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
-    """Which tokens lie in a span; both lists are in order, so one pass is enough."""
-    inside, current = [], 0
-    for start, end in offsets:
-        while current < len(spans) and start >= spans[current][1]:
-            current += 1
-        inside.append(current < len(spans) and start >= spans[current][0] and end <= spans[current][1])
-    return inside

@@ -115,10 +115,8 @@ def _from_index(local: str, found: str, choice: str, reachable: bool, drawback: 
     index, default = f"{WHEEL_INDEX}{local}", f"torch=={VERSION}"
     if reachable:
         return Build(f"{default}+{local}", f"{found}, so {choice}", index)
-    registry = (
-        f"the package registry's build, which brings CUDA 13 along, about {DOWNLOAD_GB['default']:g} GB of wheels"
-    )
-    registry += f" (less where pip knows a smaller one).{drawback}"
+    size = f"about {DOWNLOAD_GB['default']:g} GB of wheels (less where pip knows a smaller one)"
+    registry = f"the package registry's build, which brings CUDA 13 along, {size}.{drawback}"
     return Build(default, f"{found}, and {index} is out of reach: {registry}")
 
 

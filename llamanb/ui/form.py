@@ -41,14 +41,7 @@ FIELDS = {  # label, and what a pointer that rests on it is told
     "steps": ("Steps", "Optimizer steps, instead of epochs."),
     "card": ("Card", "The GPU that is planned for."),
 }
-STEPS = {
-    "rank": 8,
-    "effective_batch_size": 1,
-    "micro_batch_size": 1,
-    "max_length": 128,
-    "epochs": 0.5,
-    "steps": 1,
-}
+STEPS = {"rank": 8, "effective_batch_size": 1, "micro_batch_size": 1, "max_length": 128, "epochs": 0.5, "steps": 1}
 """What an arrow key adds to a number."""
 SUGGESTED = {
     "model": ("tiny", *hub.MIRRORS.values(), "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", *hub.MIRRORS),
