@@ -23,11 +23,6 @@ from llamanb.nvml import NvmlMemory, ask, gpu_processes, nvml_handle, nvml_handl
 from llamanb.setup.loaded import version
 from llamanb.trials import Attention, try_precisions, working_attention
 
-QLORA_8B_RESERVED_GIB, QLORA_8B_TENSORS_GIB = 7.03, 6.61
-"""A figure for scale: the peaks of training Llama 3.1 8B with nf4 (double quantization), rank 16 on all linear layers,
-fp16, 4 x 512 tokens, every layer checkpointed. Measured 2026-11-20 on an H200, whose cuBLAS workspace is larger than a
-smaller card's: torch 2.11, transformers 5.23, peft 0.21.2, trl 1.16, bitsandbytes 0.50.2. The CUDA context is extra."""
-
 
 @dataclass(frozen=True)
 class Section:
@@ -172,19 +167,21 @@ def memory_views(
     torch: Any, index: int | None, nvml: Any, handle: Any, no_nvml: str, places: Sequence[str] = ()
 ) -> Section:
     """NVML's, the driver's and torch's view of the GPU's memory side by side, and why they differ."""
+
+    def by_nvml(name: str, seen: NvmlMemory | None) -> list[str]:
+        sizes = (seen.total, seen.used, seen.free) if seen else (None, None, None)
+        return [name, *map(mib, sizes), "the whole card, every process"]
+
     table = Table(["who says", "total MiB", "used MiB", "free MiB", "what it counts"], [], "Memory of the GPU")
     if index is None:
-        rows = [
-            [f"NVML: {name}", mib(seen and seen.total), mib(seen and seen.used), mib(seen and seen.free), WHOLE_CARD]
-            for name, seen in gpus_nvml_sees(nvml)
-        ]
+        rows = [by_nvml(f"NVML: {name}", seen) for name, seen in gpus_nvml_sees(nvml)]
         table.rows = rows or [["nobody", "", "", "", no_nvml or "NVML sees no GPU"]]
         return Section(table, ("Torch uses no GPU here, so it has no view of one.",))
 
     notes = []
     seen = nvml_memory(nvml, handle) if handle is not None else None
     if seen:
-        table.rows.append(["NVML, as in nvidia-smi", mib(seen.total), mib(seen.used), mib(seen.free), WHOLE_CARD])
+        table.rows.append(by_nvml("NVML, as in nvidia-smi", seen))
     else:
         cause = no_nvml or ("it does not tell" if handle is not None else "it does not find the GPU that torch uses")
         notes.append(f"No view from NVML ({cause}): the driver's figures are used.")
@@ -212,16 +209,10 @@ def memory_views(
     return Section(table, tuple(notes))
 
 
-WHOLE_CARD = "the whole card, every process"
-
-
 def gpus_nvml_sees(nvml: Any) -> list[tuple[str, NvmlMemory | None]]:
     """(name, memory) of each GPU that NVML lists, whether torch can use it or not."""
-    return [
-        (str(ask(nvml.nvmlDeviceGetName, handle) or "a GPU"), nvml_memory(nvml, handle))
-        for handle in nvml_handles(nvml)
-        if handle is not None
-    ]
+    handles = (handle for handle in nvml_handles(nvml) if handle is not None)
+    return [(str(ask(nvml.nvmlDeviceGetName, handle) or "a GPU"), nvml_memory(nvml, handle)) for handle in handles]
 
 
 def memory_holders(nvml: Any, handle: Any, no_nvml: str, own_pid: int | None) -> Section:
@@ -273,10 +264,8 @@ def precisions(
             answer = f"refused: {error.why}"
         rows.append([name, rate if isinstance(rate, str) else speed(rate), answer])
     caption = f"Precision: a matrix product tried on {device}"
-    notes = (
-        "The speed is one product's: it shows which precisions have matrix units here, not how long a step takes.",
-    )
-    return Section(Table(["precision", "ran at", "for training"], rows, caption), notes)
+    note = "The speed is one product's: it shows which precisions have matrix units here, not how long a step takes."
+    return Section(Table(["precision", "ran at", "for training"], rows, caption), (note,))
 
 
 def speed(tflops: float) -> str:
@@ -299,7 +288,7 @@ def attention_notes(attention: Attention) -> list[str]:
 
 
 def verdict(card: Card, attention: Attention) -> list[str]:
-    """A GPU in words. No forecast: what a recipe needs depends on its model, length and layout."""
+    """A GPU in words. What a recipe needs of it depends on model, length and layout: that is the planner's to say."""
     if not attention.runs():
         error = next(iter(attention.plain.values()))
         return [
@@ -307,12 +296,9 @@ def verdict(card: Card, attention: Attention) -> list[str]:
             "Usually this torch has no code for so old a GPU (CUDA 13 builds begin at compute capability 7.5: no P100, "
             "no V100). Install a torch built for an older CUDA.",
         ]
-    enough = "more than that is" if card.free_gib > QLORA_8B_RESERVED_GIB else "less than that is"
     return [
         f"{card.free_gib:.1f} GiB of this {card.name} can be used now, computing in {attention.dtype}.",
-        f"For scale: one training of Llama 3.1 8B in 4 bits (QLoRA rank 16, 4 x 512 tokens, every layer checkpointed) "
-        f"took {QLORA_8B_RESERVED_GIB:.1f} GiB at its peak, {QLORA_8B_TENSORS_GIB:.1f} of it in tensors; {enough} free "
-        f"here. Measured on another card, so not a forecast for your recipe.",
+        "llamanb.trainable() tells which Llamas it can train, and on how long rows; llamanb.plan(recipe) how it would.",
         *attention_notes(attention),
     ]
 
