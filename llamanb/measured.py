@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,7 @@ FIGURES = ("context_gib", *SPEEDS)
 
 
 def measure(
-    *,
-    save: bool = True,
-    torch: Any = None,
-    nvml: Any = None,
-    try_attention: Callable[..., trials.Attention] | None = None,
-    try_rates: Callable[..., trials.Rates] | None = None,
+    *, save: bool = True, torch: Any = None, nvml: Any = None, try_attention: Any = None, try_rates: Any = None
 ) -> Card:
     """The present card with its context, kernels and speeds measured; the CPU's card without a GPU.
 
@@ -80,20 +75,15 @@ def _context_gib(nvml: Any, handle: Any, reserved: int, before: Mapping[str | No
     NVML's list of processes says it, except in containers and on WSL2; there, what is in use now against `before`
     this process had a context.
     """
-    if handle is None:
-        return None
-    for process in gpu_processes(nvml, handle) or ():
-        if process.pid == os.getpid() and process.bytes and process.bytes > reserved:
-            return (process.bytes - reserved) / GIB
+    listed = [one.bytes for one in gpu_processes(nvml, handle) or () if one.pid == os.getpid()]
+    held = listed[0] if listed else None
     memory, uuid = nvml_memory(nvml, handle), gpu_uuid(nvml, handle)
-    if memory is None or uuid not in before or memory.used - before[uuid] <= reserved:
-        return None
-    return (memory.used - before[uuid] - reserved) / GIB
+    if not held and memory and uuid in before:
+        held = memory.used - before[uuid]
+    return (held - reserved) / GIB if held and held > reserved else None
 
 
-def here(
-    *, torch: Any = None, nvml: Any = None, try_attention: Callable | None = None, environ: Mapping = os.environ
-) -> Card:
+def here(*, torch: Any = None, nvml: Any = None, try_attention: Any = None, environ: Mapping = os.environ) -> Card:
     """This machine's card with what is known of its speed.
 
     A kept measurement and NVML's word on free memory are enough where NVML shows exactly one GPU and this process has

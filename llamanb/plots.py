@@ -145,12 +145,11 @@ def _draw_memory(axes, timeline: Timeline) -> str:
     colors = [PHASES.get(samples[i].phase, INK) for i in kept]
     axes.add_collection(LineCollection([*itertools.pairwise(points)], colors=colors[1:], linewidth=1.5))
     lines |= {name: (PHASES.get(name, INK), "-") for name in timeline.phases}
-    if timeline.planned_gib:
-        axes.axhline(timeline.planned_gib, color=PLANNED, linewidth=1, linestyle="--")
-        lines["planned for torch"] = (PLANNED, "--")
-    if timeline.limit_gib:
-        axes.axhline(timeline.limit_gib, color=LIMIT, linewidth=1, linestyle="--")
-        lines["all there is"] = (LIMIT, "--")
+    levels = {"planned for torch": (timeline.planned_gib, PLANNED), "all there is": (timeline.limit_gib, LIMIT)}
+    for name, (size, color) in levels.items():
+        if size:
+            axes.axhline(size, color=color, linewidth=1, linestyle="--")
+            lines[name] = (color, "--")
     axes.set_xlim(0, max(samples[-1].time_s, 1.0))
     axes.set_ylim(0, 1.08 * max(highest, timeline.limit_gib or 0.0, timeline.planned_gib or 0.0, 0.01))
     _legend(axes, lines)
@@ -201,15 +200,17 @@ def lengths_picture(lengths: Sequence[int], max_length: int) -> Picture:
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     axes = figure.subplots()
     _style(axes, "tokens of a row", "rows")
-    words = _draw_lengths(axes, sorted(lengths), max_length)
+    words, lengths = "no rows", sorted(lengths)
+    if lengths:
+        over = sum(length > max_length for length in lengths)
+        words = f"{len(lengths):,} rows of {lengths[0]:,} to {lengths[-1]:,} tokens, the middle one "
+        words += f"{lengths[len(lengths) // 2]:,}; {over:,} over max_length = {max_length:,}"
+        _draw_lengths(axes, lengths, max_length)
     axes.set_title(words, color=INK, fontsize=9, loc="left")
     return Picture(figure, words)
 
 
-def _draw_lengths(axes, lengths: list[int], max_length: int) -> str:
-    if not lengths:
-        return "no rows"
-    over = sum(length > max_length for length in lengths)
+def _draw_lengths(axes, lengths: list[int], max_length: int) -> None:
     width = -(-max(lengths[-1], max_length) // MOST_BARS)
     rows = Counter((length - max_length - 1) // width for length in lengths)  # one bar ends at max_length, one begins
     for places, look in (
@@ -221,11 +222,6 @@ def _draw_lengths(axes, lengths: list[int], max_length: int) -> str:
     at_the_top = {"xycoords": ("data", "axes fraction"), "va": "top"}
     axes.annotate(" max_length", (max_length, 1), color=LIMIT, fontsize=8, **at_the_top)
     axes.set_xlim(0, max(lengths[-1], max_length) * 1.03)
-    middle = lengths[len(lengths) // 2]
-    return (
-        f"{len(lengths):,} rows of {lengths[0]:,} to {lengths[-1]:,} tokens, the middle one {middle:,}; "
-        f"{over:,} over max_length = {max_length:,}"
-    )
 
 
 def tradeoffs_picture(points: Mapping[str, tuple[float, float]], memory: str) -> Picture:

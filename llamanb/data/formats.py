@@ -56,11 +56,9 @@ def detect(rows: list[Row], source: str) -> Format:
 
 
 def _text(row: Row, column: str, *, may_be_empty: bool = False) -> str:
-    if column not in row.values:
-        raise BadRow(column, "is missing")
-    value = row.values[column]
+    value = row.values.get(column)
     if value is None:
-        raise BadRow(column, "is null")
+        raise BadRow(column, "is null" if column in row.values else "is missing")
     if not isinstance(value, str):
         raise BadRow(column, f"is a {type(value).__name__}, not text")
     if not value.strip() and not may_be_empty:
@@ -108,13 +106,11 @@ def _seed_task(row: Row) -> list[Example]:
 
 def _squad(row: Row) -> list[Example]:
     context, question = _text(row, "context"), _text(row, "question")
-    answers = row.values.get("answers")
-    if isinstance(answers, dict):  # the Hub's layout: {"text": [...], "answer_start": [...]}
-        texts = answers.get("text")
-    elif isinstance(answers, list):  # the official layout: [{"text": ..., "answer_start": ...}, ...]
-        texts = [a.get("text") if isinstance(a, dict) else None for a in answers]
-    else:
-        texts = None
+    texts = row.values.get("answers")
+    if isinstance(texts, dict):  # the Hub's layout: {"text": [...], "answer_start": [...]}
+        texts = texts.get("text")
+    elif isinstance(texts, list):  # the official layout: [{"text": ..., "answer_start": ...}, ...]
+        texts = [answer.get("text") if isinstance(answer, dict) else None for answer in texts]
     if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
         raise BadRow("answers", "holds no list of answer texts")
     prompt = (

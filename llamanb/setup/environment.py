@@ -21,14 +21,9 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-try:
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-    from packaging.version import Version
-except ImportError:  # a bare machine: pip brings its own copy
-    from pip._vendor.packaging.requirements import Requirement
-    from pip._vendor.packaging.utils import canonicalize_name
-    from pip._vendor.packaging.version import Version
+from pip._vendor.packaging.requirements import Requirement  # pip's own copy: a bare machine has no other
+from pip._vendor.packaging.utils import canonicalize_name
+from pip._vendor.packaging.version import Version
 
 from llamanb.errors import LlamanbError
 from llamanb.setup.torch_build import build_for_this_machine

@@ -272,10 +272,15 @@ def _has_gpu() -> bool:
     return bool(nvml and ask(nvml.nvmlDeviceGetCount)) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
+def _menu(card: Card | str | None) -> dict[str, Card | None]:
+    """The card to plan for, under its name in the menu: a Card, the name of a known one, or None, this machine's."""
+    card = Card.known(card) if isinstance(card, str) else card
+    return {card.name if card else THIS_MACHINE: card}
+
+
 def recipe_form(recipe: Recipe, card: Card | str | None = None) -> RecipeForm:
     """A form that starts from `recipe`, for one card: None is this machine's. Read `form.recipe` in a later cell."""
-    card = Card.known(card) if isinstance(card, str) else card
-    return RecipeForm(recipe, {card.name if card else THIS_MACHINE: card})
+    return RecipeForm(recipe, _menu(card))
 
 
 def plan_form(recipe: Recipe, card: Card | str | None = None) -> RecipeForm:
@@ -283,7 +288,5 @@ def plan_form(recipe: Recipe, card: Card | str | None = None) -> RecipeForm:
 
     `card` is a Card, the name of a known one, or None: this machine's. Raises GpuError for a name that is not known.
     """
-    card = Card.known(card) if isinstance(card, str) else card
-    first = {card.name if card else THIS_MACHINE: card}
-    here = {THIS_MACHINE: None} if card is None or _has_gpu() else {}
-    return RecipeForm(recipe, first | here | {name: one for name, one in KNOWN.items() if name not in first})
+    first, here = _menu(card), {THIS_MACHINE: None} if _has_gpu() else {}
+    return RecipeForm(recipe, first | here | KNOWN | first)
