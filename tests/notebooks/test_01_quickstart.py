@@ -14,19 +14,9 @@ from safetensors import safe_open
 
 from llamanb import Recipe, show_run, tiny
 from llamanb.setup.loaded import SETUP_CELL
+from tests.notebooks.shown import cell, noise, text
 
 ROWS, STEPS = Recipe().eval_rows, tiny.DEFAULTS["steps"]
-
-
-def cell(notebook, cell_id: str):
-    (found,) = (cell for cell in notebook.cells if cell.get("id") == cell_id)
-    return found
-
-
-def text(notebook, cell_id: str) -> str:
-    """What a cell says: printed lines, and each output's plain text."""
-    outputs = cell(notebook, cell_id).outputs
-    return "\n".join(o.text if o.output_type == "stream" else o.data["text/plain"] for o in outputs)
 
 
 def pictures(notebook, cell_id: str) -> list[bytes]:
@@ -39,12 +29,6 @@ def columns(path: Path) -> dict[str, list[float]]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name]) for row in rows if row[name] != ""] for name in rows[0] if name != "phase"}
-
-
-def noise(notebook) -> list[str]:
-    """Everything on stderr: a lesson shows none, and hides no warning that matters."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
 
 
 @pytest.fixture(autouse=True)

@@ -13,31 +13,16 @@ import pytest
 from llamanb import tiny
 from llamanb.data.formats import FORMATS
 from llamanb.setup.loaded import SETUP_CELL
+from tests.notebooks.shown import cell, noise, text
 
 ROOT = Path(__file__).parents[2]
 LIMIT, MICRO, STEP = 256, 4, 16
 READ = ("chat", "sharegpt", "alpaca", "seed-tasks", "pairs", "squad", "text")
 
 
-def cell(notebook, cell_id: str):
-    (found,) = (cell for cell in notebook.cells if cell.get("id") == cell_id)
-    return found
-
-
-def text(notebook, cell_id: str) -> str:
-    """What a cell says: printed lines, and each output's plain text."""
-    outputs = cell(notebook, cell_id).outputs
-    return "\n".join(o.text if o.output_type == "stream" else o.data["text/plain"] for o in outputs)
-
-
 def page(notebook, cell_id: str) -> str:
     (output,) = cell(notebook, cell_id).outputs
     return output.data["text/html"]
-
-
-def noise(notebook) -> list[str]:
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
 
 
 def count_packed(lengths: list[int], limit: int) -> int:

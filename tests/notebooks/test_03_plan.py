@@ -11,26 +11,11 @@ import pytest
 
 from llamanb import Recipe, plan
 from llamanb.setup.loaded import SETUP_CELL
+from tests.notebooks.shown import cell, noise, text
 
 ROOT = Path(__file__).parents[2]
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 SHOWN = ("plan", "bar", "others", "trainable", "too-much", "rehearse", "result")
-
-
-def cell(notebook, cell_id: str):
-    (found,) = (cell for cell in notebook.cells if cell.get("id") == cell_id)
-    return found
-
-
-def text(notebook, cell_id: str) -> str:
-    """What a cell says: printed lines, and each output's plain text."""
-    outputs = cell(notebook, cell_id).outputs
-    return "\n".join(o.text if o.output_type == "stream" else o.data["text/plain"] for o in outputs)
-
-
-def noise(notebook) -> list[str]:
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
 
 
 @pytest.fixture(autouse=True)

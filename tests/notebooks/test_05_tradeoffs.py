@@ -9,31 +9,16 @@ import pytest
 from llamanb import Run
 from llamanb.setup.loaded import SETUP_CELL
 from llamanb.tradeoffs import CLAIMS, WITHOUT_GPU
+from tests.notebooks.shown import cell, noise, text
 
 pytestmark = pytest.mark.slow
 OF_SPEED = {"quantizing to 4 bits costs speed", "gradient accumulation costs speed"}
-
-
-def cell(notebook, cell_id: str):
-    (found,) = (cell for cell in notebook.cells if cell.get("id") == cell_id)
-    return found
-
-
-def text(notebook, cell_id: str) -> str:
-    """What a cell says: printed lines, and each output's plain text."""
-    outputs = cell(notebook, cell_id).outputs
-    return "".join(o.text if o.output_type == "stream" else o.data["text/plain"] for o in outputs)
 
 
 def lines(notebook, cell_id: str) -> dict[str, list[str]]:
     """A table's lines by their first column, the caption and the headers left out."""
     split = [re.split(r"\s{2,}", line) for line in text(notebook, cell_id).splitlines()[3:]]
     return {first: rest for first, *rest in split}
-
-
-def noise(notebook) -> list[str]:
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
 
 
 @pytest.fixture(autouse=True)

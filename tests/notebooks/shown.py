@@ -1,0 +1,18 @@
+"""What an executed notebook shows."""
+
+
+def cell(notebook, cell_id: str):
+    (found,) = (cell for cell in notebook.cells if cell.get("id") == cell_id)
+    return found
+
+
+def text(notebook, cell_id: str) -> str:
+    """What a cell says: printed lines, and each output's plain text."""
+    outputs = cell(notebook, cell_id).outputs
+    return "\n".join(o.text if o.output_type == "stream" else o.data["text/plain"] for o in outputs)
+
+
+def noise(notebook) -> list[str]:
+    """Everything on stderr: a lesson shows none, and hides no warning that matters."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
