@@ -11,8 +11,9 @@ from llamanb.card import Card
 from llamanb.cards import KNOWN
 from llamanb.html import Table
 from llamanb.layout import GIB, Plan
-from llamanb.planner import GAPS_GUESS, DoesNotFitError, search, smallest_fits
+from llamanb.planner import DoesNotFitError, search, smallest_fits
 from llamanb.recipe import Recipe
+from llamanb.search import GAPS_GUESS
 
 STEP = 128
 """Tokens between two lengths that are tried."""

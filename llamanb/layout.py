@@ -12,13 +12,14 @@ from llamanb.html import Bar, Table, join
 from llamanb.memory import Memory
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime
-from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED
+from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
 
 GIB = 2**30
 EXPANDED_ATTENTION = "llamanb_expanded"
 """Name under which `model.attention` registers attention with a key and value head for every query head."""
 LAYER_WORDS = {
     STORED: "kept for the backward pass",
+    HALVED: "kept but for the MLP's, which are recomputed in the backward pass",
     CHECKPOINTED: "recomputed in the backward pass",
     OFFLOADED: "recomputed, their inputs waiting in host memory",
 }
@@ -49,8 +50,8 @@ class Plan:
     accumulation: int
     """Micro-batches summed up into one optimizer step; times `micro_batch_size` it is the effective batch."""
     layers: tuple[str, ...]
-    """What becomes of each decoder layer's activations: `stored`, `checkpointed` or `offloaded`, the first layer first.
-    Empty on a CPU that keeps all of them."""
+    """What becomes of each decoder layer's activations (tape.STORED, HALVED, CHECKPOINTED, OFFLOADED), the first layer
+    first. Empty on a CPU that keeps all of them."""
     attention: str
     """transformers' name of the attention: `sdpa`, or EXPANDED_ATTENTION."""
     kernel: str
@@ -59,6 +60,8 @@ class Plan:
     """transformers' name of the optimizer."""
     reasons: dict[str, str]
     """Why, by field name."""
+    fused: bool = False
+    """Layers and loss are computed by `model.fused`; otherwise as transformers, peft and trl have them."""
     memory: Memory | None = None
     """Predicted; None on a CPU, whose memory nothing is planned for."""
     time: StepTime | None = None
@@ -101,6 +104,7 @@ class Plan:
             ("optimizer step", batch, "micro_batch_size"),
             ("activations", self._layout(), "layers"),
             ("attention", f"{self.attention}, {self.kernel} kernel" if self.kernel else self.attention, "attention"),
+            ("layers", "fused" if self.fused else "as transformers and peft have them", "fused"),
             ("optimizer", self.optimizer, "optimizer"),
         ]
         rows = [(a, b, self.reasons.get(name, "")) for a, b, name in chosen]
@@ -142,7 +146,7 @@ class Plan:
         return self.card.free_gib if self.limit_gib is None else self.limit_gib
 
     def _layout(self) -> str:
-        counts = {kind: self.layers.count(kind) for kind in (STORED, CHECKPOINTED, OFFLOADED) if kind in self.layers}
+        counts = {kind: self.layers.count(kind) for kind in LAYER_WORDS if kind in self.layers}
         if len(counts) < 2:
             return LAYER_WORDS[next(iter(counts), STORED)]
         return "; ".join(f"{count} layers {LAYER_WORDS[kind]}" for kind, count in counts.items())

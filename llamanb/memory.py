@@ -23,10 +23,8 @@ from llamanb.tape import (
     HEAD,
     HEAD_BACKWARD,
     LOAD,
-    OFFLOADED,
     RECOMPUTED,
     STEP,
-    STORED,
     Tape,
     Workload,
     record,
@@ -111,23 +109,26 @@ def predict(work: Workload, *, expandable: bool | None = None) -> Memory:
 
 
 def outline(work: Workload) -> Outline:
-    """The outline of a model of any depth, from tapes of at most five layers."""
-    stored = sum(kind == STORED for kind in work.layers)
-    again = next((kind for kind in work.layers if kind != STORED), OFFLOADED)
-    recomputed = len(work.layers) - stored
-    few = (min(recomputed, 2), min(stored, 2))
-    base = _outline(_cut(work, (again,) * few[0] + (STORED,) * few[1]))
+    """The outline of a model of any depth, from tapes of at most two layers of each kind and one more."""
+    counts = {kind: work.layers.count(kind) for kind in dict.fromkeys(work.layers)}
+    few = {kind: min(count, 2) for kind, count in counts.items()}
+    base = _outline(_cut(work, _layers(few)))
     peaks = {instant: dict(buckets) for instant, buckets in base.peaks.items()}
     written, operations = base.written, base.operations
-    for more, step in ((recomputed - few[0], (1, 0)), (stored - few[1], (0, 1))):
+    for kind, count in counts.items():
+        more = count - few[kind]
         if more:
-            one = _outline(_cut(work, (again,) * (few[0] + step[0]) + (STORED,) * (few[1] + step[1])))
+            one = _outline(_cut(work, _layers(few | {kind: few[kind] + 1})))
             for instant, buckets in peaks.items():
                 for bucket in buckets:
                     buckets[bucket] += more * (one.peaks[instant][bucket] - base.peaks[instant][bucket])
             written += more * (one.written - base.written)
             operations += more * (one.operations - base.operations)
     return Outline(peaks, written, operations)
+
+
+def _layers(counts: dict[str, int]) -> tuple[str, ...]:
+    return tuple(kind for kind, count in counts.items() for _ in range(count))
 
 
 def _cut(work: Workload, layers: tuple[str, ...]) -> Workload:
@@ -169,9 +170,8 @@ def replayed(work: Workload, *, expandable: bool | None = None) -> tuple[int, in
     depth = len(work.layers)
     if depth <= REPLAYED:
         return _replayed(work, expandable)
-    stored = sum(kind == STORED for kind in work.layers)
-    few = round(stored * REPLAYED / depth)
-    whole, gaps = _replayed(_cut(work, work.layers[: REPLAYED - few] + work.layers[depth - few :]), expandable)
+    spread = [work.layers[i * depth // REPLAYED] for i in range(REPLAYED)]
+    whole, gaps = _replayed(_cut(work, tuple(spread)), expandable)
     return round(whole * depth / REPLAYED), gaps + (depth - REPLAYED) * GAPS_PER_LAYER
 
 

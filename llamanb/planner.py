@@ -1,27 +1,21 @@
-"""`plan`: the fastest layout of a recipe that fits a card, found by predicting memory and time. Needs no torch.
-
-A step costs least where few layers are recomputed, and many small micro-batches cost little more than one large one:
-so for each micro-batch the fewest recomputed layers that fit are looked for, and the fastest of these is taken.
-"""
+"""`plan`: the fastest layout of a recipe that fits a card, found by predicting memory and time. Needs no torch."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
 import math
-from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from llamanb.architecture import Architecture, architecture, require_method
 from llamanb.card import Card
 from llamanb.errors import LlamanbError, RecipeError
 from llamanb.html import Table
 from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
-from llamanb.memory import Memory, outline, predict
+from llamanb.memory import outline
 from llamanb.recipe import Recipe
-from llamanb.speed import StepTime, step_time
-from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
+from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest
+from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload
 
 MEASURED_WITH = {
     "torch": "2.11.0",
@@ -36,16 +30,8 @@ MARGIN, MARGIN_ELSEWHERE, MARGIN_REHEARSED = 0.04, 0.10, 0.02
 MARGIN_DORA = 0.10
 """More for DoRA, whose magnitudes widen what flows between layers to fp32: it is planned for as fp32, which was 8 %
 less than three layers of 1B took."""
-GAPS_GUESS, GAPS_LEAST = 0.02, 96 * 2**20
-"""Share of the allocated memory, and bytes, taken for gaps while searching; the layout chosen is replayed."""
-MOST_TOKENS = 65536
-"""Tokens of the largest micro-batch that is looked at."""
-MOST_TRIED = 6
-"""Micro-batches that are looked at, spread over the divisors of the effective batch."""
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU."""
-AS_ASKED = {"none": STORED, "all": CHECKPOINTED, "offloaded": OFFLOADED}
-"""What becomes of each layer, by a recipe's `checkpointing`; `auto` chooses layer by layer."""
 
 
 class DoesNotFitError(LlamanbError):
@@ -58,17 +44,6 @@ class DoesNotFitError(LlamanbError):
     @property
     def details(self) -> tuple:
         return tuple(piece for piece in (self.changes if self.changes.rows else None, self.plan.bar()) if piece)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    work: Workload
-    memory: Memory
-    time: StepTime | None
-
-    @property
-    def recomputed(self) -> int:
-        return sum(kind != STORED for kind in self.work.layers)
 
 
 def plan(recipe: Recipe, card: Card | str | None = None, data=None, *, force: bool = False) -> Plan:
@@ -104,10 +79,15 @@ def search(recipe: Recipe, card: Card, model: Architecture, *, data=None, force:
     length = _length(recipe, data)
     attention, kernel, why_attention = _attention(card, dtype)
     optimizer, why_optimizer = _optimizer(recipe, card)
-    base = workload(recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=length)
+    why_not_fused = _why_not_fused(recipe, kernel)
+    if kernel == "cudnn" and not why_not_fused:
+        kernel = "flash"  # rows that lie one behind the other, none padded, are no work for cuDNN's here
+    base = workload(
+        recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=length, fused=not why_not_fused
+    )
     limit = _limit(recipe, card)
     timed = replace(card, tflops=None) if recipe.dora else card  # fp32 in the plan's memory, not in its arithmetic
-    best, others = _fastest(recipe, timed, base, limit)
+    best, others = fastest(recipe, timed, base, limit)
     rows = best.work.rows
     made = Plan(
         recipe=recipe,
@@ -119,8 +99,10 @@ def search(recipe: Recipe, card: Card, model: Architecture, *, data=None, force:
         attention=attention,
         kernel=kernel,
         optimizer=optimizer,
+        fused=base.fused,
         reasons={
             "dtype": why_dtype,
+            "fused": why_not_fused or "the same numbers in fewer kernels, from half of the activations",
             "micro_batch_size": "as asked" if recipe.micro_batch_size else "the fastest divisor of the effective batch",
             "layers": _why_layers(recipe, best, limit),
             "attention": why_attention,
@@ -146,8 +128,11 @@ def smallest_fits(recipe: Recipe, card: Card, model: Architecture, gaps: float =
     dtype, _ = card.choose_precision(recipe.precision)
     _, kernel, _ = _attention(card, dtype)
     optimizer, _ = _optimizer(recipe, card)
-    base = workload(recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length)
-    return outline(_smallest(recipe, base)).allocated * (1 + gaps) <= _limit(recipe, card)
+    fused = not _why_not_fused(recipe, kernel)
+    base = workload(
+        recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length, fused=fused
+    )
+    return outline(smallest(recipe, base)).allocated * (1 + gaps) <= _limit(recipe, card)
 
 
 def _limit(recipe: Recipe, card: Card) -> float:
@@ -165,6 +150,7 @@ def workload(
     kernel: str,
     optimizer: str,
     length: int,
+    fused: bool = False,
     rows: int = 1,
     layers: tuple[str, ...] | None = None,
 ) -> Workload:
@@ -174,6 +160,7 @@ def workload(
         rows=rows,
         length=length,
         layers=layers or (AS_ASKED.get(recipe.checkpointing, CHECKPOINTED),) * model.layers,
+        fused=fused,
         dtype="fp32" if recipe.dora else dtype,
         quantization=recipe.quantization,
         full=not recipe.adapters,
@@ -190,100 +177,11 @@ def workload(
 
 def workload_of(plan: Plan, model: Architecture) -> Workload:
     """The workload that a plan was made for."""
-    same = {name: getattr(plan, name) for name in ("dtype", "kernel", "optimizer", "length", "layers")}
+    same = {name: getattr(plan, name) for name in ("dtype", "kernel", "optimizer", "length", "layers", "fused")}
     return workload(plan.recipe, plan.card, model, rows=plan.micro_batch_size, **same)
 
 
-def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[_Candidate, list[_Candidate]]:
-    """The layout to take, and the best of each other micro-batch. The first may exceed the limit: then none fits."""
-    found = [
-        _with_fewest_recomputed(recipe, card, _with_rows(recipe, base, rows), limit)
-        for rows in _micro_batches(recipe, base)
-    ]
-    fitting = [one for one in found if one.memory.reserved <= limit]
-    while fitting:  # gaps were guessed: replay the best, and take it if it still fits
-        best = min(fitting, key=_cost)
-        at = found.index(best)
-        found[at] = fitting[fitting.index(best)] = replayed = _replayed(best, card, limit, recipe)
-        if replayed.memory.reserved <= limit and _cost(replayed) <= min(map(_cost, fitting)):
-            return replayed, [one for one in found if one is not replayed]
-        fitting = [one for one in fitting if one.memory.reserved <= limit]
-    last = found[-1]
-    if last.memory.allocated <= limit:  # the guess of gaps may have been too careful
-        last = _replayed(last, card, limit, recipe)
-        if last.memory.reserved <= limit:
-            return last, found[:-1]
-    smallest = _smallest(recipe, base)
-    return _candidate(smallest, card, predict(smallest)), found
-
-
-def _micro_batches(recipe: Recipe, base: Workload) -> list[int]:
-    """Rows to try at once, many first."""
-    if recipe.micro_batch_size:
-        return [recipe.micro_batch_size]
-    effective = recipe.effective_batch_size
-    most = max(1, MOST_TOKENS // base.length)
-    divisors = [rows for rows in range(min(effective, most), 0, -1) if effective % rows == 0]
-    last = len(divisors) - 1
-    return divisors if last < MOST_TRIED else [divisors[round(i * last / (MOST_TRIED - 1))] for i in range(MOST_TRIED)]
-
-
-def _with_rows(recipe: Recipe, base: Workload, rows: int) -> Workload:
-    return base.replace(rows=rows, accumulation=recipe.effective_batch_size // rows)
-
-
-def _smallest(recipe: Recipe, base: Workload) -> Workload:
-    kind = AS_ASKED.get(recipe.checkpointing, OFFLOADED)
-    return _with_rows(recipe, base, recipe.micro_batch_size or 1).replace(layers=(kind,) * len(base.layers))
-
-
-def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: float) -> _Candidate:
-    """The workload as asked, or with as few layers recomputed as fit; with all of them where nothing fits."""
-    if recipe.checkpointing == "auto":
-        work = fewest_recomputed(work, lambda one: _guess(one).reserved <= limit)
-    return _candidate(work, card, _guess(work))
-
-
-def fewest_recomputed(work: Workload, fits: Callable[[Workload], bool], least: int = 0) -> Workload:
-    """The workload with as few layers recomputed as fit, at least `least`, or with all of them; the first layers, since
-    the others come first in the backward pass and are gone by then."""
-    depth = len(work.layers)
-
-    def recomputed(count: int) -> Workload:
-        return work.replace(layers=(CHECKPOINTED,) * count + (STORED,) * (depth - count))
-
-    return recomputed(bisect_left(range(depth), True, least, key=lambda count: fits(recomputed(count))))
-
-
-def _candidate(work: Workload, card: Card, memory: Memory) -> _Candidate:
-    return _Candidate(work, memory, step_time(work, card, work.accumulation))
-
-
-def _guess(work: Workload) -> Memory:
-    found = outline(work)
-    totals = {instant: sum(buckets.values()) for instant, buckets in found.peaks.items()}
-    allocated = max(totals.values())
-    gap = max(GAPS_LEAST, round(GAPS_GUESS * allocated))
-    return Memory(totals, found.peaks[max(totals, key=totals.get)], gap)
-
-
-def _replayed(candidate: _Candidate, card: Card, limit: float, recipe: Recipe) -> _Candidate:
-    """The candidate with its gaps replayed, and so many more layers recomputed that it fits with them."""
-    now = _candidate(candidate.work, card, predict(candidate.work))
-    while now.memory.reserved > limit and recipe.checkpointing == "auto" and STORED in now.work.layers:
-        room = limit - (now.memory.reserved - outline(now.work).allocated)
-        work = fewest_recomputed(now.work, lambda one, room=room: outline(one).allocated <= room, now.recomputed + 1)
-        now = _candidate(work, card, predict(work))
-    return now
-
-
-def _cost(candidate: _Candidate) -> tuple[float, int]:
-    """Seconds a step; where the card's speed is not known, the share of layers recomputed. Then fewer micro-batches."""
-    share = candidate.recomputed / max(1, len(candidate.work.layers))
-    return (candidate.time.step_s if candidate.time else share, -candidate.work.rows)
-
-
-def _alternative(one: _Candidate, best: _Candidate, limit: float) -> Alternative:
+def _alternative(one: Candidate, best: Candidate, limit: float) -> Alternative:
     if one.memory.reserved > limit:
         verdict = f"needs {(one.memory.reserved - limit) / GIB:.2f} GiB more than there is to plan with"
     elif one.time and best.time:
@@ -295,7 +193,7 @@ def _alternative(one: _Candidate, best: _Candidate, limit: float) -> Alternative
     return Alternative(one.work.rows, one.recomputed, one.memory.reserved / GIB, step_s, verdict)
 
 
-def _why_layers(recipe: Recipe, best: _Candidate, limit: float) -> str:
+def _why_layers(recipe: Recipe, best: Candidate, limit: float) -> str:
     if best.memory.reserved > limit:
         return "nothing fits"
     if recipe.checkpointing != "auto":
@@ -305,6 +203,17 @@ def _why_layers(recipe: Recipe, best: _Candidate, limit: float) -> str:
     if OFFLOADED in best.work.layers:
         return "without that nothing fits"
     return f"recomputing costs time: as few layers as fit {limit / GIB:.2f} GiB"
+
+
+def _why_not_fused(recipe: Recipe, kernel: str) -> str:
+    """Why layers are computed as transformers and peft do; "" where `model.fused` can do it."""
+    if not recipe.adapters:
+        return "fused layers train adapters only"
+    if recipe.quantization == "int8":
+        return "int8 has its own products"
+    if recipe.dropout or recipe.dora:
+        return "fused layers know neither dropout nor DoRA"
+    return "the math kernel has no fused layers" if kernel == "math" else ""
 
 
 def _attention(card: Card, dtype: str) -> tuple[str, str, str]:

@@ -21,9 +21,10 @@ from llamanb.card import Card
 from llamanb.errors import GpuError
 from llamanb.layout import GIB, Plan
 from llamanb.memory import SEEN, Memory, outline, predict
-from llamanb.planner import MARGIN_REHEARSED, fewest_recomputed, workload_of
+from llamanb.planner import MARGIN_REHEARSED, workload_of
+from llamanb.search import fewest_recomputed
 from llamanb.speed import StepTime, flops
-from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
+from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
 from llamanb.tape.workload import ACTIVATIONS
 
 FEW, MORE = 2, 6
@@ -83,11 +84,10 @@ def _require_gpu(card: Card) -> None:
 
 def _small_layouts(plan: Plan, work: Workload) -> list[tuple[str, ...]]:
     """A few layers of each kind the plan has or could have, and then more of one kind at a time, as far as they fit."""
-    again = next((kind for kind in plan.layers if kind != STORED), CHECKPOINTED)
     if plan.recipe.checkpointing == "auto" and OFFLOADED not in plan.layers:
-        kinds = (again, STORED)
+        kinds = (CHECKPOINTED, HALVED, STORED) if plan.fused else (CHECKPOINTED, STORED)
     else:
-        kinds = tuple(kind for kind in (again, STORED) if kind in plan.layers)
+        kinds = tuple(dict.fromkeys(plan.layers))
     found: list[tuple[str, ...]] = []
     for few in range(FEW, 0, -1):
         base = tuple(kind for kind in kinds for _ in range(few))
@@ -186,11 +186,11 @@ def _make_workspaces(torch) -> None:
 def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
     """The plan with what the trials showed; its layers filled up to MARGIN_REHEARSED of the card."""
     limit = plan.card.free_gib * GIB * (1 - MARGIN_REHEARSED)
-    recomputed, why = plan.recomputed, plan.reasons.get("layers", "")
-    if plan.recipe.checkpointing == "auto" and work.layers.count(CHECKPOINTED) == recomputed:
+    why = plan.reasons.get("layers", "")
+    if plan.recipe.checkpointing == "auto" and OFFLOADED not in work.layers:
         work = fewest_recomputed(work, lambda one: _memory(one, trials).reserved <= limit)
         why = f"as few layers recomputed as fit {limit / GIB:.2f} GiB, as rehearsed"
-        why = why if CHECKPOINTED in work.layers else "all of them fit"
+        why = why if set(work.layers) != {STORED} else "all of them fit"
     depths = [len(trial.layers) for trial in trials]
     made = plan.replace(
         layers=work.layers,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from llamanb.card import Card
 from llamanb.memory import outline
-from llamanb.tape import BYTES, OFFLOADED, STORED, Workload
+from llamanb.tape import BYTES, CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
 
 READS_PER_WRITE = 2.5
 """Bytes read for each byte an operation writes: a product of two reads twice, a cast once."""
@@ -52,15 +52,18 @@ class StepTime:
 def flops(work: Workload) -> tuple[float, float]:
     """(of matrix products, of attention) for one micro-batch, forward and backward."""
     model, tokens = work.model, work.tokens
-    again = sum(kind != STORED for kind in work.layers)
     adapters = _adapters(work)
     forward = 2 * tokens * (model.layer_linear_parameters + adapters)
     backward = forward + 2 * tokens * (model.layer_linear_parameters if work.full else adapters)
-    matrix = model.layers * (forward + backward) + again * forward
+    mlp, down = (2 * tokens * model.intermediate * model.hidden * n for n in (2, 1))
+    whole = forward - (down if work.fused else 0)  # fused layers leave the last product out
+    again = {STORED: 0, HALVED: mlp, CHECKPOINTED: whole, OFFLOADED: whole}
+    matrix = model.layers * (forward + backward) + sum(again[kind] for kind in work.layers)
     head = 2 * tokens * model.hidden * model.vocabulary
-    matrix += head * (4 if work.full else 3)  # once forward; again, and its gradient, backward
+    matrix += head * (4 if work.full else 2 if work.fused else 3)  # trl computes the logits again in the backward pass
     scores = 4 * tokens * work.length * model.q * MASKED_HALF
-    return matrix, scores * (3.5 * model.layers + again)
+    attended_again = sum(kind in (CHECKPOINTED, OFFLOADED) for kind in work.layers)
+    return matrix, scores * (3.5 * model.layers + attended_again)
 
 
 def _adapters(work: Workload) -> int:

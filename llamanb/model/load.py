@@ -61,7 +61,7 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreT
     model.generation_config.eos_token_id = end_token_ids(tokenizer)
     model.config.use_cache = False
     keep_gradients_on_cpu(model)
-    lay_out(model, plan.layers)
+    lay_out(model, () if plan.fused else plan.layers)  # fused layers do it themselves
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llamanb.recipe import LINEAR_LAYERS
+from llamanb.tape.fused import FusedLayers
 from llamanb.tape.layer import DecoderLayer
 from llamanb.tape.workload import (
     ACTIVATIONS,
@@ -35,7 +36,7 @@ from llamanb.tape.workload import (
 )
 
 
-class Step(DecoderLayer):
+class Step(DecoderLayer, FusedLayers):
     def load(self) -> None:
         self.tape.mark(LOAD)
         work, model, new, free = self.work, self.work.model, self.new, self.free
@@ -95,6 +96,12 @@ class Step(DecoderLayer):
             free(plain)
 
     def micro_batch(self) -> None:
+        if self.work.fused:
+            self.fused_micro_batch()
+        else:
+            self._micro_batch()
+
+    def _micro_batch(self) -> None:
         work, new, free = self.work, self.new, self.free
         self.tape.mark(FORWARD)
         self.casts = []

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from llamanb.architecture import Architecture
 from llamanb.recipe import LINEAR_LAYERS
 
-STORED, CHECKPOINTED, OFFLOADED = "stored", "checkpointed", "offloaded"
-"""What becomes of a layer's activations: kept; recomputed from its input; the same with the input in host memory."""
+STORED, HALVED, CHECKPOINTED, OFFLOADED = "stored", "mlp checkpointed", "checkpointed", "offloaded"
+"""What becomes of a layer's activations: kept; kept but for the MLP's, which are recomputed from the stream before it;
+all recomputed from the layer's input; the same with the input in host memory."""
 KERNELS = ("flash", "cudnn", "memory-efficient", "math")
 """Attention kernels; `memory-efficient` is taken with keys and values expanded to all heads (model/attention.py)."""
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
+HEAD_TILE = 512
+"""Tokens whose logits exist at once in the loss of fused layers (model/head.py)."""
 LOSS_ROWS, LOSS_COLUMNS = 4096, 32768
 """Tile of logits in trl 1.16 (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)."""
 BLOCK = 64
@@ -43,6 +46,8 @@ class Workload:
     """Tokens a row, the longest of the micro-batch."""
     layers: tuple[str, ...]
     """STORED, CHECKPOINTED or OFFLOADED for each decoder layer, the first one first."""
+    fused: bool = False
+    """Layers and loss as model/fused.py computes them, not as transformers, peft and trl do."""
     dtype: str = "fp16"
     quantization: str | None = "nf4"
     """nf4, fp4, int8, or None for weights in `dtype`."""

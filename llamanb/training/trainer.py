@@ -13,11 +13,12 @@ import torch
 from bitsandbytes.optim import GlobalOptimManager
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from llamanb.data import TrainingData
 from llamanb.data.encode import Encoded
 from llamanb.layout import Plan
+from llamanb.training.step import StepTrainer, pool
 
 OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit"}
 """The recipe's names that transformers spells differently."""
@@ -33,14 +34,13 @@ def build_trainer(
     folder: Path,
     callbacks: list[TrainerCallback],
     report_to: str = "none",
-) -> SFTTrainer:
+) -> StepTrainer:
     """A trainer for rows that are encoded already, on a model that is loaded already."""
     recipe = plan.recipe
     length = {"max_steps": recipe.steps} if recipe.steps else {"num_train_epochs": recipe.epochs}
     config = SFTConfig(
         output_dir=str(folder / "checkpoints"),
-        per_device_train_batch_size=plan.micro_batch_size,
-        gradient_accumulation_steps=plan.accumulation,
+        per_device_train_batch_size=plan.recipe.effective_batch_size,  # a whole step; StepTrainer splits it
         **length,
         learning_rate=recipe.highest_learning_rate,
         lr_scheduler_type=recipe.schedule,
@@ -64,10 +64,12 @@ def build_trainer(
     )
     if plan.card.is_gpu:
         config._n_gpu = 1  # with two visible the Trainer would take both, and trl 1.16 refuses that
-    trainer = SFTTrainer(
+    trainer = StepTrainer(
+        plan,
         model=model,
         args=config,
         train_dataset=_dataset(data.train),
+        data_collator=pool,
         processing_class=data.tokenizer,
         callbacks=callbacks,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections import deque
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -14,6 +15,8 @@ from llamanb.timeline import Timeline
 from llamanb.watch.buckets import lasting_bytes
 
 GIB = 2**30
+MOST_TIMES = 1000
+"""Micro-batches whose times are kept."""
 LOAD, FORWARD, LOSS, BACKWARD, OPTIMIZER = SEEN
 
 
@@ -21,7 +24,7 @@ class Instants(TrainerCallback):
     """Tells the parts of a step apart: which one runs, its peak of allocated memory, when each loss was there.
 
     `attach` wraps the trainer's loss and backward; nothing of what they compute changes, and nothing waits for the GPU
-    that did not: trl reads the loss of every micro-batch anyway.
+    that did not.
 
     Args:
         timeline: gets the parts as phases, and their peaks.
@@ -33,8 +36,8 @@ class Instants(TrainerCallback):
         """Bytes, by part."""
         self.reserved = 0
         """Most bytes that torch held of the GPU."""
-        self.losses_s: list[float] = []
-        """When the loss of each micro-batch was there, in seconds of a clock."""
+        self._losses: deque = deque(maxlen=MOST_TIMES)
+        """Moments at which the loss of a micro-batch was there."""
         self.lasting: dict[str, int] = {}
         """Bytes by bucket after the first step, its gradients still there."""
         self._timeline, self._gpu, self._part = timeline, gpu, LOAD
@@ -45,7 +48,7 @@ class Instants(TrainerCallback):
         def watched_loss(*args, **kwargs):
             self.begins(FORWARD)
             loss = compute_loss(*args, **kwargs)
-            self.losses_s.append(time.perf_counter())
+            self._losses.append(_now(self._gpu))
             self.begins(BACKWARD)
             return loss
 
@@ -58,6 +61,7 @@ class Instants(TrainerCallback):
                 self.begins(LOSS)
 
         trainer.compute_loss, trainer.accelerator.backward = watched_loss, watched_backward
+        trainer.layers_done = layers_done
         trainer.model.get_decoder().register_forward_hook(layers_done)
         trainer.add_callback(self)
 
@@ -76,7 +80,11 @@ class Instants(TrainerCallback):
 
     def times(self, accumulation: int) -> tuple[float, float]:
         """Seconds of a micro-batch and, beside them, of the optimizer; medians, the first step left out."""
-        apart = [after - before for before, after in itertools.pairwise(self.losses_s)]
+        if self._gpu:
+            torch.cuda.synchronize()
+            apart = [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(self._losses)]
+        else:
+            apart = [after - before for before, after in itertools.pairwise(self._losses)]
         if accumulation == 1:
             return statistics.median(apart[1:] or apart), 0.0
         within = [s for i, s in enumerate(apart, 1) if i % accumulation and i > accumulation]
@@ -93,3 +101,12 @@ class Instants(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.begins(OPTIMIZER)
+
+
+def _now(gpu: bool):
+    """A moment of the GPU, which works behind, or of the clock."""
+    if not gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

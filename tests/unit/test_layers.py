@@ -100,6 +100,7 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"memory"},
     {"speed"},
     {"layout"},
+    {"search"},
     {"planner", "data", "gpu_check"},
     {"advice"},
     {"timeline"},

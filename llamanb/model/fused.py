@@ -1,0 +1,331 @@
+"""A decoder layer's training in four products with what lies between them: the same numbers as transformers' and peft's
+layer from fewer kernels, and only what the backward pass needs kept.
+
+Autograd keeps what every operation read. Here a product (`_Products`) keeps what its prologue read - the residual
+stream before a norm, gate and up before their product - and computes the rest again, which costs elementwise work
+alone. Of a layer are kept: its input, queries, keys, values, attention's output, the stream between, gate and up.
+
+The base's weights are dequantized for each product and never kept; adapters are added by products that accumulate
+(`addmm`). Gradients reach the adapters and the layer's input: the base is frozen. `fits_layer` says which layers this
+can do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from llamanb.model import attention
+from llamanb.model.elementwise import dequantize, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from llamanb.tape import HALVED, OFFLOADED, STORED
+
+
+class Prologue(NamedTuple):
+    """What happens to a product's inputs first. Both functions are elementwise, or nearly."""
+
+    value: Callable[..., Tensor]
+    """inputs -> (tokens, width)"""
+    backward: Callable[..., tuple[Tensor, ...]]
+    """gradient of the value, inputs -> gradient of each input"""
+
+
+class Linear(NamedTuple):
+    """One frozen linear layer with the adapter on it, if any."""
+
+    base: nn.Module
+    scale: float
+    down: Tensor | None
+    """LoRA's A: (rank, in)."""
+    up: Tensor | None
+    """LoRA's B: (out, rank)."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Linear:
+        if not isinstance(module, LoraLayer):
+            return cls(module, 1.0, None, None)
+        name = module.active_adapters[0]
+        down, up = module.lora_A[name].weight, module.lora_B[name].weight
+        return cls(module.get_base_layer(), module.scaling[name], down, up)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(out, in), dequantized."""
+        weight = self.base.weight
+        return (dequantize(weight) if hasattr(weight, "quant_state") else weight.detach()).to(dtype)
+
+    def add_adapter(self, output: Tensor, low: Tensor) -> None:
+        output.addmm_(low, self.up.to(output.dtype).t(), alpha=self.scale)
+
+
+class Part:
+    """Linear layers that read the same value."""
+
+    def __init__(self, prologue: Prologue, *modules: nn.Module):
+        self.prologue, self.linears = prologue, tuple(map(Linear.of, modules))
+        adapted = [i for i, linear in enumerate(self.linears) if linear.down is not None]
+        self.adapters = tuple(t for i in adapted for t in (self.linears[i].down, self.linears[i].up))
+        """A and B of each linear layer that has them."""
+        self.places: list[tuple[int, slice]] = []
+        """Which linear layers those are, and where each one's rank lies among all."""
+        for i in adapted:
+            begin = self.places[-1][1].stop if self.places else 0
+            self.places.append((i, slice(begin, begin + len(self.linears[i].down))))
+
+    def __call__(self, *inputs: Tensor, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Each linear layer's output, (tokens, out); `residual` is added to the only one."""
+        return _Products.apply(self, residual, len(inputs), *inputs, *self.adapters)
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Part, residual: Tensor | None, count: int, *tensors: Tensor):
+        outputs, low = _forward(part, residual, tensors[:count])
+        ctx.part, ctx.count, ctx.has_residual = part, count, residual is not None
+        ctx.save_for_backward(*tensors[:count], *([] if low is None else [low]))
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        inputs, low = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        wanted = any(ctx.needs_input_grad[3 : 3 + ctx.count])
+        of_inputs, of_adapters = _backward(ctx.part, inputs, low[0] if low else None, gradients, wanted)
+        return None, gradients[0] if ctx.has_residual else None, None, *of_inputs, *of_adapters
+
+
+def _forward(part: Part, residual: Tensor | None, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Outputs, and the value in the adapters' low rank: (tokens, sum of ranks)."""
+    value = part.prologue.value(*inputs)
+    down = _stacked(part, value.dtype)
+    low = value @ down.t() if down is not None else None
+    outputs = tuple(_product(value, linear, residual) for linear in part.linears)
+    for i, at in part.places:
+        part.linears[i].add_adapter(outputs[i], low[:, at])
+    return outputs, low
+
+
+def _backward(
+    part: Part, inputs: Sequence[Tensor], low: Tensor | None, gradients: Sequence[Tensor], wanted: bool
+) -> tuple[tuple[Tensor | None, ...], list[Tensor]]:
+    """Gradients of the inputs (where `wanted`) and of the adapters. `low` as `_forward` made it; made again where it
+    was not kept."""
+    dtype = gradients[0].dtype
+    down = _stacked(part, dtype)
+    of_low, of_adapters = None, []
+    if down is not None:
+        value = part.prologue.value(*inputs)
+        low = value @ down.t() if low is None else low
+        of_low, of_adapters = _adapters_backward(part, value, low, gradients)
+        del value
+    if not wanted:
+        return (None,) * len(inputs), of_adapters
+    of_value = None
+    for linear, gradient in zip(part.linears, gradients, strict=True):
+        of_value = _product_backward(gradient, linear, of_value)
+    if of_low is not None:
+        of_value.addmm_(of_low, down)
+    return part.prologue.backward(of_value, *inputs), of_adapters
+
+
+def _adapters_backward(
+    part: Part, value: Tensor, low: Tensor, gradients: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of `low`, and those of each adapter's A and B."""
+    of_lows, of_ups = [], []
+    for i, at in part.places:
+        linear, gradient = part.linears[i], gradients[i]
+        of_lows.append(gradient @ (linear.up * linear.scale).to(gradient.dtype))
+        of_ups.append(_wide(gradient.t(), low[:, at]).mul_(linear.scale))
+    of_low = torch.cat(of_lows, dim=1)
+    of_downs = _wide(of_low.t(), value)
+    pairs = zip((of_downs[at].clone() for _, at in part.places), of_ups, strict=True)
+    return of_low, [t for pair in pairs for t in pair]
+
+
+def _product(value: Tensor, linear: Linear, residual: Tensor | None) -> Tensor:
+    weight = linear.weight(value.dtype).t()
+    return value @ weight if residual is None else torch.addmm(residual, value, weight)
+
+
+def _product_backward(gradient: Tensor, linear: Linear, sum_: Tensor | None) -> Tensor:
+    weight = linear.weight(gradient.dtype)
+    return gradient @ weight if sum_ is None else sum_.addmm_(gradient, weight)
+
+
+def _stacked(part: Part, dtype: torch.dtype) -> Tensor | None:
+    """LoRA's A of all linear layers, one below the other: (sum of ranks, in)."""
+    downs = [linear.down for linear in part.linears if linear.down is not None]
+    return torch.cat(downs).to(dtype) if downs else None
+
+
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32: an adapter's gradient is summed over all tokens, and may leave fp16's range on the way."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+class _Rotated(torch.autograd.Function):
+    """Rotary position embeddings on queries or keys: (tokens, heads, head size)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return rotate(gradient, *ctx.saved_tensors, -1), None, None
+
+
+class _Recomputed(torch.autograd.Function):
+    """What leads to the last product of a layer, and that product, keeping the input alone. The backward pass computes
+    the way to the last product again, and not the product itself, which checkpointing would."""
+
+    @staticmethod
+    def forward(ctx, way: Callable[[Tensor], tuple[Tensor, ...]], last: Part, x: Tensor, *adapters: Tensor):
+        stream, *inputs = way(x)
+        ctx.way, ctx.last, ctx.count = way, last, len(adapters)
+        ctx.save_for_backward(x)
+        ctx.adapters = adapters
+        return _forward(last, stream, inputs)[0][0]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+            stream, *inputs = ctx.way(x)
+        own = len(ctx.last.adapters)
+        before = ctx.adapters[: ctx.count - own]
+        kept = [t.detach() for t in inputs]
+        of_inputs, of_last = _backward(ctx.last, kept, None, [gradient], True)
+        wanted = [t for t in (x, *before) if t.requires_grad]
+        outputs = [(t, g) for t, g in zip((stream, *inputs), (gradient, *of_inputs), strict=True) if t.requires_grad]
+        found = iter(torch.autograd.grad([t for t, _ in outputs], wanted, [g for _, g in outputs]) if outputs else ())
+        return None, None, next(found) if x.requires_grad else None, *(next(found) for _ in before), *of_last
+
+
+class _Normed(torch.autograd.Function):
+    """The norm behind the last layer, keeping its input alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, epsilon: float):
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return rms_norm(x, weight, epsilon)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, weight = ctx.saved_tensors
+        return rms_norm_backward(gradient.clone(), x, weight, ctx.epsilon), None, None
+
+
+class FusedLayer:
+    """A LlamaDecoderLayer's training forward."""
+
+    def __init__(self, layer: nn.Module):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_size = attention.head_dim
+        self.entry = Part(_norm(layer.input_layernorm), attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = Part(AS_IT_IS, attention.o_proj)
+        self.gate_up = Part(_norm(layer.post_attention_layernorm), mlp.gate_proj, mlp.up_proj)
+        self.down = Part(SWIGLU, mlp.down_proj)
+
+    def attend(self, x: Tensor, places: Places) -> Tensor:
+        """The stream after attention."""
+        q, k, v = (t.unflatten(1, (-1, self.head_size)) for t in self.entry(x))
+        q, k = _Rotated.apply(q, places.cos, places.sin), _Rotated.apply(k, places.cos, places.sin)
+        return self.o(places.attend(q, k, v).flatten(1), residual=x)[0]
+
+    def __call__(self, x: Tensor, places: Places, kind: str = STORED) -> Tensor:
+        """The stream after the layer, (tokens, hidden); `kind` says what of it is kept (tape.STORED and the others)."""
+        if kind in (STORED, HALVED):
+            x = self.attend(x, places)
+        if kind == STORED:
+            return self.down(*self.gate_up(x), residual=x)[0]
+        whole = kind != HALVED
+
+        def way(x: Tensor) -> tuple[Tensor, ...]:
+            stream = self.attend(x, places) if whole else x
+            return stream, *self.gate_up(stream)
+
+        parts = (self.entry, self.o, self.gate_up, self.down) if whole else (self.gate_up, self.down)
+        adapters = [t for part in parts for t in part.adapters]
+        with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if kind == OFFLOADED else contextlib.nullcontext():
+            return _Recomputed.apply(way, self.down, x, *adapters)
+
+
+class Places(NamedTuple):
+    """Where the tokens of a micro-batch stand."""
+
+    cos: Tensor
+    sin: Tensor
+    """(tokens, head size)."""
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Causal attention of each row for itself: queries, keys, values, (tokens, heads, head size) each -> the same."""
+
+
+class FusedDecoder:
+    """A Llama's training forward up to the last norm: rows one behind the other, none padded.
+
+    Args:
+        model: with its adapters attached.
+        layers: what becomes of each layer's activations.
+        kernel: of attention (tape.KERNELS); empty on a CPU.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], kernel: str):
+        self.decoder = model.get_decoder()
+        self.layers = [FusedLayer(layer) for layer in self.decoder.layers]
+        self.kinds = layers or (STORED,) * len(self.layers)
+        self.kernel = kernel
+
+    def __call__(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Hidden states, (tokens, hidden), of the token ids of rows of these lengths, (tokens,)."""
+        with torch.autocast(ids.device.type, enabled=False):
+            x = self.decoder.embed_tokens(ids)
+            positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device, non_blocking=True)
+            cos, sin = (t[0] for t in self.decoder.rotary_emb(x, positions[None]))
+            places = Places(cos, sin, attention.for_rows(lengths, self.kernel, ids.device))
+            for layer, kind in zip(self.layers, self.kinds, strict=True):
+                x = layer(x, places, kind)
+            norm = self.decoder.norm
+            return _Normed.apply(x, norm.weight, norm.variance_epsilon)
+
+
+def fits_layer(layer: nn.Module) -> str:
+    """Why a layer cannot be computed so; "" where it can."""
+    for module in layer.modules():
+        if isinstance(module, LoraLayer):
+            name = module.active_adapters[0]
+            if len(module.active_adapters) > 1 or module.merged or module.disable_adapters:
+                return "more than one adapter, or none in use"
+            if not isinstance(module.lora_dropout[name], nn.Identity):
+                return "adapters with dropout"
+            if module.use_dora[name]:
+                return "DoRA"
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        module = getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name)
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if base.bias is not None:
+            return "linear layers with biases"
+        if base.weight.requires_grad:
+            return "weights that are trained themselves"
+        if base.weight.dtype == torch.int8:
+            return "int8"
+    return ""
+
+
+def _norm(module: nn.Module) -> Prologue:
+    weight, epsilon = module.weight.detach(), module.variance_epsilon
+    return Prologue(
+        lambda x: rms_norm(x, weight, epsilon), lambda gradient, x: (rms_norm_backward(gradient, x, weight, epsilon),)
+    )
+
+
+AS_IT_IS = Prologue(lambda x: x, lambda gradient, x: (gradient,))
+SWIGLU = Prologue(swiglu, swiglu_backward)

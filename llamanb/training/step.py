@@ -1,0 +1,102 @@
+"""One optimizer step: its rows are a pool of tokens, done in as many micro-batches as memory asks for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from trl import SFTTrainer
+
+from llamanb.data.encode import IGNORE
+from llamanb.layout import Plan
+from llamanb.model.fused import FusedDecoder, fits_layer
+from llamanb.model.head import head_loss
+
+
+def pool(rows: Sequence[dict]) -> dict:
+    """The rows of an optimizer step, one behind the other: `input_ids` and `labels`, (tokens,), and their `lengths`.
+    Nothing predicts a row's first token, so it is not trained."""
+    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+    labels = [torch.as_tensor([IGNORE, *row["labels"][1:]]) for row in rows]
+    return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "lengths": [len(row) for row in ids]}
+
+
+def micro_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Rows by number, packed into as few micro-batches of at most `most` tokens as first fit finds, the longest rows
+    first; a row that is longer stands alone."""
+    packed: list[tuple[int, list[int]]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = next((at for at, (tokens, _) in enumerate(packed) if tokens + lengths[i] <= most), None)
+        if at is None:
+            packed.append((lengths[i], [i]))
+        else:
+            packed[at] = (packed[at][0] + lengths[i], [*packed[at][1], i])
+    return [rows for _, rows in packed]
+
+
+class StepTrainer(SFTTrainer):
+    """trl's trainer, with micro-batches of its own: it is given whole optimizer steps (`pool`), so that how they are
+    split is a matter of memory alone and never of what is learned.
+
+    Fused layers take rows as they are; transformers' take rows padded to the longest.
+    """
+
+    def __init__(self, plan: Plan, **settings):
+        super().__init__(**settings)
+        self.plan = plan
+        self.tokens = 0
+        """Trained on so far, padding left out."""
+        self.fused = None
+        if plan.fused:
+            why_not = next(filter(None, map(fits_layer, self.model.get_decoder().layers)), "")
+            if why_not:
+                warnings.warn(f"layers are not fused, and may take more memory than planned: {why_not}", stacklevel=2)
+            else:
+                self.fused = FusedDecoder(self.model, plan.layers, plan.kernel)
+
+    def layers_done(self) -> None:
+        """Called between the last layer and the loss; for who watches."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        model.train()
+        total = 0
+        for micro in self._micro_batches(inputs):
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(micro), num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        self.tokens += sum(inputs["lengths"])
+        self._metrics["train"]["num_tokens"] = [self.tokens]
+        return total
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.fused is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        hidden = self.fused(inputs["input_ids"], inputs["lengths"])
+        self.layers_done()
+        loss = head_loss(hidden, self.model.get_output_embeddings().weight, inputs["labels"].roll(-1))
+        return loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+
+    def _micro_batches(self, inputs: dict) -> Iterator[dict]:
+        lengths, plan = inputs["lengths"], self.plan
+        ids, labels = (inputs[name].split(lengths) for name in ("input_ids", "labels"))
+        if self.fused is None:
+            for begin in range(0, len(lengths), plan.micro_batch_size):
+                rows = slice(begin, begin + plan.micro_batch_size)
+                yield _padded(ids[rows], labels[rows], self.processing_class.pad_token_id)
+            return
+        for rows in micro_batches(lengths, plan.micro_batch_size * plan.length):
+            taken = [torch.cat([of[i] for i in rows]) for of in (ids, labels)]
+            yield {"input_ids": taken[0], "labels": taken[1], "lengths": [lengths[i] for i in rows]}
+
+
+def _padded(ids: Sequence[Tensor], labels: Sequence[Tensor], padding: int) -> dict[str, Tensor]:
+    """Rows as transformers' layers take them: (rows, longest)."""
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+    }
