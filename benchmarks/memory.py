@@ -1,6 +1,7 @@
 """Predicted memory and time against a real GPU, on grids written down before they are measured.
 
-    python -m benchmarks.memory grid 1 64 > benchmarks/grids/memory_1.jsonl     a seeded grid with its predictions
+    python -m benchmarks.memory grid 1 64 > benchmarks/grids/memory_1.jsonl     a seeded grid with its predictions;
+                                                                                --fused: of fused layers alone
     python -m benchmarks.memory run GRID CHECKPOINTS OUT [--rehearse] [--at-once GIB]   measure what OUT lacks
     python -m benchmarks.memory report GRID MEASURED                            errors, by what dominates
 
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from llamanb import Card, Recipe
@@ -29,6 +31,7 @@ from llamanb.architecture import architecture
 from llamanb.layout import EXPANDED_ATTENTION, GIB, Plan
 from llamanb.memory import Memory, predict
 from llamanb.planner import search, workload
+from llamanb.search import ways
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 
 MODELS = {
@@ -57,11 +60,13 @@ H200 = Card.known("H200")
 STEPS = 3
 
 
-def grid(seed: int, count: int) -> list[dict]:
+def grid(seed: int, count: int, *, fused: bool = False) -> list[dict]:
     """`count` rows drawn by `seed`, each with its prediction for an H200."""
     source, rows = random.Random(seed), []
     while len(rows) < count:
-        row = {name: source.choice(values) for name, values in CHOICES.items()}
+        row = {name: source.choice(values) for name, values in CHOICES.items()} | ({"fused": True} if fused else {})
+        if fused and (row["dropout"] or row["method"] == "qlora-int8" or row["kernel"] in ("math", "cudnn")):
+            continue
         scores = row["rows"] * row["length"] ** 2
         if row["kernel"] == "math" and scores > 2 * 1024**2:
             continue  # the math kernel keeps every score
@@ -75,6 +80,8 @@ def grid(seed: int, count: int) -> list[dict]:
 
 def _layers(row: dict, source: random.Random) -> dict[str, int]:
     depth = architecture(MODELS[row["model"]]).layers
+    if row.get("fused") and row["layout"] == "some":
+        return dict(Counter(source.choice(ways(depth, fused=True)[1:-1])))
     some = source.randrange(1, depth)
     return {
         "none": {STORED: depth},
@@ -123,6 +130,7 @@ def plan_of(row: dict, card: Card, checkpoint: str | None = None) -> Plan:
         kernel=row["kernel"],
         attention=EXPANDED_ATTENTION if expanded else "sdpa",
         dtype=recipe.precision,
+        fused=row.get("fused", False),
     )
 
 
@@ -138,6 +146,7 @@ def work_of(row: dict, card: Card) -> Workload:
         length=row["length"],
         rows=row["rows"],
         layers=plan.layers,
+        fused=plan.fused,
     )
 
 
@@ -354,6 +363,7 @@ def main() -> None:
     one = commands.add_parser("grid")
     one.add_argument("seed", type=int)
     one.add_argument("count", type=int)
+    one.add_argument("--fused", action="store_true")
     one = commands.add_parser("run")
     for name in ("grid", "checkpoints", "out"):
         one.add_argument(name, type=Path)
@@ -369,7 +379,7 @@ def main() -> None:
     one.add_argument("out", type=Path)
     args = parser.parse_args()
     if args.command == "grid":
-        print("\n".join(json.dumps(row) for row in grid(args.seed, args.count)))
+        print("\n".join(json.dumps(row) for row in grid(args.seed, args.count, fused=args.fused)))
     elif args.command == "run":
         run(
             args.grid,

@@ -108,14 +108,14 @@ def fewest_recomputed(work: Workload, fits: Callable[[Workload], bool], least: i
 
 def recomputed_steps(work: Workload) -> int:
     """Which of the layouts that `fewest_recomputed` goes through the workload has; 0 where everything is kept."""
-    return _ways(work).index(work.layers)
+    return ways(len(work.layers), fused=work.fused).index(work.layers)
 
 
-def _ways(work: Workload) -> list[tuple[str, ...]]:
+def ways(depth: int, *, fused: bool) -> list[tuple[str, ...]]:
     """Layouts from everything kept to everything recomputed, each with a little more recomputed than the one before."""
-    depth, kinds = len(work.layers), (STORED, HALVED, CHECKPOINTED) if work.fused else (STORED, CHECKPOINTED)
-    ways = [(more,) * i + (less,) * (depth - i) for less, more in itertools.pairwise(kinds) for i in range(depth)]
-    return [*ways, (CHECKPOINTED,) * depth]
+    kinds = (STORED, HALVED, CHECKPOINTED) if fused else (STORED, CHECKPOINTED)
+    found = [(more,) * i + (less,) * (depth - i) for less, more in itertools.pairwise(kinds) for i in range(depth)]
+    return [*found, (CHECKPOINTED,) * depth]
 
 
 def _candidate(work: Workload, card: Card, memory: Memory) -> Candidate:
