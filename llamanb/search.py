@@ -100,10 +100,8 @@ def fewest_recomputed(work: Workload, fits: Callable[[Workload], bool], least: i
     Args:
         least: steps to begin with (recomputed_steps).
     """
-    ways = _ways(work)
-    return work.replace(
-        layers=ways[bisect_left(range(len(ways) - 1), True, least, key=lambda i: fits(work.replace(layers=ways[i])))]
-    )
+    found = [work.replace(layers=layers) for layers in ways(len(work.layers), fused=work.fused)]
+    return found[bisect_left(range(len(found) - 1), True, least, key=lambda i: fits(found[i]))]
 
 
 def recomputed_steps(work: Workload) -> int:
