@@ -8,8 +8,11 @@ def cell(notebook, cell_id: str):
 
 def text(notebook, cell_id: str) -> str:
     """What a cell says: printed lines, and each output's plain text."""
-    outputs = cell(notebook, cell_id).outputs
-    return "\n".join(o.text if o.output_type == "stream" else o.data["text/plain"] for o in outputs)
+    said = ""
+    for output in cell(notebook, cell_id).outputs:
+        said += "\n" if said and not said.endswith("\n") else ""
+        said += output.text if output.output_type == "stream" else output.data["text/plain"]
+    return said
 
 
 def noise(notebook) -> list[str]:
