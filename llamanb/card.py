@@ -81,11 +81,10 @@ def choose_precision(capability: tuple[int, int] | None, wanted: str = "auto") -
                 "fp16 needs loss scaling, which llamanb does on a GPU only.",
                 'Set precision="auto": fp32 on a CPU, and fp16 or bf16 by itself on a GPU.',
             )
-        return {
-            "auto": Precision("fp32", "a CPU: fp32 runs on every one, and the tiny model has room"),
-            "fp32": Precision("fp32", "as asked"),
-            "bf16": Precision("bf16", "as asked; whether it is quicker than fp32 depends on the CPU"),
-        }[wanted]
+        if wanted == "auto":
+            return Precision("fp32", "a CPU: fp32 runs on every one, and the tiny model has room")
+        quicker = "; whether it is quicker than fp32 depends on the CPU" if wanted == "bf16" else ""
+        return Precision(wanted, f"as asked{quicker}")
     number = dotted(capability)
     has_bf16 = tuple(capability) >= BF16_CAPABILITY
     if wanted == "bf16" and not has_bf16:

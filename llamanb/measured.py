@@ -6,11 +6,9 @@ a GPU; a file that cannot be read, or was written with another torch or driver, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import importlib
-import importlib.metadata
 import json
 import os
 import re
@@ -24,6 +22,7 @@ from typing import Any
 from llamanb import cards, trials
 from llamanb.card import GIB, SPEEDS, Card, gpu_in_use
 from llamanb.nvml import ask, gpu_processes, gpu_uuid, nvml_handle, nvml_handles, nvml_memory, only_gpu, start_nvml
+from llamanb.setup.loaded import version
 
 FIGURES = ("context_gib", *SPEEDS)
 """What a kept measurement or the table adds to a card that was only looked at."""
@@ -147,10 +146,8 @@ def _key(properties: Any) -> str:
 
 def _versions(nvml: Any) -> dict[str, str]:
     """What a measurement holds for: another torch may run other kernels, another driver takes other memory."""
-    found = {"torch": "", "driver": str(ask(getattr(nvml, "nvmlSystemGetDriverVersion", None)) or "")}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["torch"] = importlib.metadata.version("torch")
-    return found
+    driver = ask(getattr(nvml, "nvmlSystemGetDriverVersion", None))
+    return {"torch": version("torch").installed or "", "driver": str(driver or "")}
 
 
 def keep(card: Card, key: str, nvml: Any = None) -> Path | None:

@@ -81,8 +81,7 @@ def only_gpu(nvml: Any, environ: Mapping[str, str] = os.environ) -> Any:
 
 def gpu_uuid(nvml: Any, handle: Any) -> str | None:
     """A GPU's UUID, "GPU-..."; None when NVML does not tell."""
-    uuid = ask(getattr(nvml, "nvmlDeviceGetUUID", None), handle)
-    return uuid.decode() if isinstance(uuid, bytes) else uuid
+    return ask(getattr(nvml, "nvmlDeviceGetUUID", None), handle)
 
 
 class NvmlMemory(NamedTuple):

@@ -142,8 +142,7 @@ def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str
         size: rows of the matrices; 4096 on a GPU (0.2 GiB for a moment in fp32), 512 on a CPU.
     """
     torch = importlib.import_module("torch")
-    on_gpu = torch.device(device).type == "cuda"
-    size = size or (4096 if on_gpu else 512)
+    size = size or (4096 if torch.device(device).type == "cuda" else 512)
     found: dict[str, float | str] = {}
     for name, dtype in DTYPES.items():
         try:
@@ -152,8 +151,7 @@ def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str
         except Exception as error:  # the refusal is the answer, whatever its type
             found[name] = _plain(error)
         matrix = None
-    if on_gpu and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # what the matrices took is for whoever comes next
+    torch.cuda.empty_cache()  # what the matrices took is for whoever comes next
     return found
 
 

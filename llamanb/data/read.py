@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from llamanb.errors import DataError, LlamanbError, NoNetworkError
+from llamanb.errors import DataError, NoNetworkError
 
 READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 _TIMEOUT_S = 4
@@ -267,8 +267,6 @@ def _hub_rows(source: str, split: str) -> list[Row]:
     datasets.disable_progress_bars()
     try:
         rows = list(datasets.load_dataset(name, config or None, split=split))
-    except LlamanbError:
-        raise
     except Exception as error:  # its builders raise anything; what they say is passed on
         raise hub.explain(error, name, kind="dataset") from None
     return [Row(f"row {i}", values) for i, values in enumerate(rows, 1)]

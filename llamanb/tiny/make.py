@@ -58,12 +58,9 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     # In the chat format a role and two line breaks stand before each message; both should be one token.
     texts = (f"{m['role']}\n\n{m['content']}" for _ in range(4000) for m in notes.chat(rng))
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
@@ -90,7 +87,8 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A Llama of 1.8 M random weights; the sides of its linear layers are multiples of 64, the block size of NF4."""
-    bos, end_of_text, end_of_turn, pad = tokenizer.convert_tokens_to_ids([BOS, END_OF_TEXT, END_OF_TURN, PAD])
+    end_of_text, end_of_turn = tokenizer.convert_tokens_to_ids([END_OF_TEXT, END_OF_TURN])
+    begin_and_pad = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
@@ -101,15 +99,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         max_position_embeddings=512,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        bos_token_id=bos,
         eos_token_id=end_of_turn,
-        pad_token_id=pad,
+        **begin_and_pad,
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=bos, eos_token_id=[end_of_text, end_of_turn], pad_token_id=pad, do_sample=False
-    )
+    ends = [end_of_text, end_of_turn]
+    model.generation_config = GenerationConfig(eos_token_id=ends, do_sample=False, **begin_and_pad)
     return model
 
 
@@ -158,9 +154,8 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, ste
             optimizer.zero_grad()
         recent.append(loss.item())
         if step % 50 == 0 or step == steps:
-            print(
-                f"step {step:5d}  loss {sum(recent) / len(recent):.4f}  {time.monotonic() - start:4.0f} s", flush=True
-            )
+            loss, spent_s = sum(recent) / len(recent), time.monotonic() - start
+            print(f"step {step:5d}  loss {loss:.4f}  {spent_s:4.0f} s", flush=True)
             recent.clear()
 
 
