@@ -182,31 +182,29 @@ class _Rotated(torch.autograd.Function):
 
 
 class _Recomputed(torch.autograd.Function):
-    """What leads to the last product of a layer, and that product, keeping the input alone. The backward pass computes
-    the way to the last product again, and not the product itself, which checkpointing would."""
+    """A layer, or its MLP alone, keeping its input. The backward pass computes it again but for the last product, which
+    checkpointing would compute too; and lets go of gate and up before it goes on to attention."""
 
     @staticmethod
-    def forward(ctx, way: Callable[[Tensor], tuple[Tensor, ...]], last: Part, x: Tensor, *adapters: Tensor):
-        stream, *inputs = way(x)
-        ctx.way, ctx.last, ctx.count = way, last, len(adapters)
+    def forward(ctx, layer: FusedLayer, places: Places, whole: bool, x: Tensor, *adapters: Tensor):
+        ctx.layer, ctx.places, ctx.whole = layer, places, whole
         ctx.save_for_backward(x)
-        ctx.adapters = adapters
-        return _forward(last, stream, inputs)[0][0]
+        return layer.mlp(layer.attend(x, places) if whole else x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        (x,) = ctx.saved_tensors
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        if not ctx.whole:
+            return None, None, None, *layer.mlp_backward(x, gradient)
         with torch.enable_grad():
-            x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-            stream, *inputs = ctx.way(x)
-        own = len(ctx.last.adapters)
-        before = ctx.adapters[: ctx.count - own]
-        kept = [t.detach() for t in inputs]
-        of_inputs, of_last = _backward(ctx.last, kept, None, [gradient], True)
-        wanted = [t for t in (x, *before) if t.requires_grad]
-        outputs = [(t, g) for t, g in zip((stream, *inputs), (gradient, *of_inputs), strict=True) if t.requires_grad]
-        found = iter(torch.autograd.grad([t for t, _ in outputs], wanted, [g for _, g in outputs]) if outputs else ())
-        return None, None, next(found) if x.requires_grad else None, *(next(found) for _ in before), *of_last
+            x = x.detach().requires_grad_(ctx.needs_input_grad[3])
+            stream = layer.attend(x, ctx.places)
+        end = torch.autograd.graph.get_gradient_edge(stream) if stream.requires_grad else None
+        of_stream, *of_mlp = layer.mlp_backward(stream.detach(), gradient)
+        del stream
+        wanted = [t for t in (x, *layer.attention_adapters) if t.requires_grad]
+        found = list(torch.autograd.grad([end], wanted, [of_stream]) if end else ())
+        return None, None, None, found.pop(0) if x.requires_grad else None, *found, *of_mlp
 
 
 class _Normed(torch.autograd.Function):
@@ -241,22 +239,32 @@ class FusedLayer:
         q, k = _Rotated.apply(q, places.cos, places.sin), _Rotated.apply(k, places.cos, places.sin)
         return self.o(places.attend(q, k, v).flatten(1), residual=x)[0]
 
+    def mlp(self, stream: Tensor) -> Tensor:
+        """The stream after the MLP."""
+        return self.down(*self.gate_up(stream), residual=stream)[0]
+
+    def mlp_backward(self, stream: Tensor, gradient: Tensor) -> list[Tensor]:
+        """Gradients of the stream before the MLP and of the MLP's adapters."""
+        inputs, low = _forward(self.gate_up, None, (stream,))
+        of_inputs, of_down = _backward(self.down, inputs, None, (gradient,), True)
+        del inputs
+        (of_stream,), of_gate_up = _backward(self.gate_up, (stream,), low, of_inputs, True)
+        return [of_stream.add_(gradient), *of_gate_up, *of_down]
+
+    @property
+    def attention_adapters(self) -> tuple[Tensor, ...]:
+        return (*self.entry.adapters, *self.o.adapters)
+
     def __call__(self, x: Tensor, places: Places, kind: str = STORED) -> Tensor:
         """The stream after the layer, (tokens, hidden); `kind` says what of it is kept (tape.STORED and the others)."""
         if kind in (STORED, HALVED):
             x = self.attend(x, places)
         if kind == STORED:
-            return self.down(*self.gate_up(x), residual=x)[0]
+            return self.mlp(x)
         whole = kind != HALVED
-
-        def way(x: Tensor) -> tuple[Tensor, ...]:
-            stream = self.attend(x, places) if whole else x
-            return stream, *self.gate_up(stream)
-
-        parts = (self.entry, self.o, self.gate_up, self.down) if whole else (self.gate_up, self.down)
-        adapters = [t for part in parts for t in part.adapters]
+        adapters = (*(self.attention_adapters if whole else ()), *self.gate_up.adapters, *self.down.adapters)
         with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if kind == OFFLOADED else contextlib.nullcontext():
-            return _Recomputed.apply(way, self.down, x, *adapters)
+            return _Recomputed.apply(self, places, whole, x, *adapters)
 
 
 class Places(NamedTuple):

@@ -141,8 +141,8 @@ class FusedLayers(LinearLayers):
             kept = {}
         return out, kept
 
-    def mlp_backward(self, layer: int, gradient: int, kept: dict) -> int:
-        """From the gradient of a layer's output to that of the stream between its halves."""
+    def mlp_backward(self, layer: int, kept: dict) -> int:
+        """The gradient of the stream between a layer's halves, as it comes through the MLP."""
         new, free, N, e = self.new, self.free, self.tokens, self.e
         of_product = self.products_backward(layer, DOWN, True, kept["low_down"])
         of_up = new(e * N * self.wide)
@@ -153,8 +153,7 @@ class FusedLayers(LinearLayers):
         of_stream = self.products_backward(layer, GATE_UP, True, kept["low_gate"])
         self._grow()
         free(of_product, of_up, kept["low_gate"], kept["stream"])
-        free(of_stream)  # added to the gradient of the output, which passes by
-        return gradient
+        return of_stream
 
     def attention_half_backward(self, layer: int, gradient: int, kept: dict) -> int:
         new, free, N, e, work = self.new, self.free, self.tokens, self.e, self.work
@@ -196,8 +195,16 @@ class FusedLayers(LinearLayers):
         if kind != STORED:
             (gate, up), low = self.products(GATE_UP, self.new(self.e * self.tokens * self.hidden), True)
             kept |= {"gate": gate, "up": up, "low_gate": low, "low_down": None}
-        gradient = self.mlp_backward(layer, gradient, kept)
-        return self.attention_half_backward(layer, gradient, kept)
+        of_stream = self.mlp_backward(layer, kept)
+        if kind == STORED:  # what came through the MLP is added to what passed by; else it is the other way round
+            self.free(of_stream)
+            return self.attention_half_backward(layer, gradient, kept)
+        if kind == HALVED:
+            self.free(gradient)
+            return self.attention_half_backward(layer, of_stream, kept)
+        of_x = self.attention_half_backward(layer, of_stream, kept)
+        self.free(gradient)
+        return of_x
 
     def fused_micro_batch(self) -> None:
         work, new, free, N = self.work, self.new, self.free, self.tokens
