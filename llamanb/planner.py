@@ -113,7 +113,7 @@ def search(recipe: Recipe, card: Card, model: Architecture, *, data=None, force:
         alternatives=tuple(_alternative(one, best, limit) for one in others),
         length=length,
         limit_gib=limit / GIB,
-        steps=_steps(recipe, data),
+        steps=steps_of(recipe, data),
         basis=_basis(recipe),
     )
     if not made.fits and not force:
@@ -268,7 +268,7 @@ def _plan_on_cpu(recipe: Recipe, card: Card, model: Architecture, data) -> Plan:
             "optimizer": why_optimizer,
         },
         length=length,
-        steps=_steps(recipe, data),
+        steps=steps_of(recipe, data),
     )
 
 
@@ -277,11 +277,10 @@ def _length(recipe: Recipe, data) -> int:
     return max([8, *(len(row.input_ids) for row in data.train)]) if data else recipe.max_length
 
 
-def _steps(recipe: Recipe, data) -> int | None:
-    if recipe.steps:
+def steps_of(recipe: Recipe, data) -> int | None:
+    """Optimizer steps of a run; None where the rows are not counted yet."""
+    if recipe.steps or not data:
         return recipe.steps
-    if not data:
-        return None
     a_pass = max(1, math.ceil(len(data.train) / recipe.effective_batch_size))  # the Trainer rounds each pass up
     return math.ceil(a_pass * recipe.epochs)
 

@@ -52,9 +52,11 @@ _RANGES = {  # field: (kind, lowest, highest), both ends included
     "eval_rows": (int, 0, 100_000),
     "seed": (int, 0, 2**32 - 1),
     "stop_after_min": (float, 0.1, 100_000.0),
+    "checkpoint_every_min": (float, 0.01, 100_000.0),
+    "checkpoint_every_steps": (int, 1, 10_000_000),
 }
 _FLAGS = ("double_quant", "rslora", "dora")
-_OPTIONAL = ("alpha", "learning_rate", "micro_batch_size", "steps", "stop_after_min")
+_OPTIONAL = ("alpha", "learning_rate", "micro_batch_size", "steps", "stop_after_min", "checkpoint_every_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,14 @@ class Recipe:
     """Everything random starts here: split, order, adapters, dropout."""
 
     stop_after_min: float | None = None
-    """End with the adapter saved after this many minutes: before Colab does. None: no limit."""
+    """End with the adapter saved after this many minutes: before Colab does. Trained again, the same recipe goes on
+    from there. None: no limit."""
+
+    checkpoint_every_min: float = 10.0
+    """Minutes between two checkpoints, from which a training that died goes on; one more is made when it ends."""
+
+    checkpoint_every_steps: int | None = None
+    """Optimizer steps between two checkpoints, beside those by the clock. None: only by the clock."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

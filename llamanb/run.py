@@ -73,6 +73,10 @@ class Run:
         if self.scores:
             text = json.dumps(dataclasses.asdict(self.scores), indent=1)
             replace_text(self.folder / "scores.json", text)
+        self.save_facts()
+
+    def save_facts(self) -> None:
+        """Writes how it stands, and nothing of what was watched."""
         facts = {name: getattr(self, name) for name in self._FACTS}
         replace_text(self.folder / "run.json", json.dumps(facts, indent=1))
 
@@ -144,18 +148,12 @@ def show_run(path: str | Path) -> Run:
 
 
 def new_folder(runs: Path, name: str) -> Path:
-    """Makes `runs`/`name`, or `name`-2, -3 and so on where a run of that name is there already.
+    """Makes `runs`/`name`, or `name`-2, -3 and so on after the last run of that name.
 
     Raises RecipeError for a name that is more than letters, digits, dots, dashes and underscores: a run stays in its
     folder.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name):
-        raise RecipeError(
-            f"a run cannot be named {name!r}",
-            "the name becomes a folder: letters, digits, dots, dashes and underscores, a letter or digit first",
-            "name = 'my-first-run'",
-        )
-    number = 1
+    number = max(_numbers(runs, name), default=0) + 1
     while True:
         folder = runs / (name if number == 1 else f"{name}-{number}")
         try:
@@ -164,6 +162,27 @@ def new_folder(runs: Path, name: str) -> Path:
             number += 1
         else:
             return folder.resolve()
+
+
+def newest_folder(runs: Path, name: str) -> Path | None:
+    """The last of the folders that `new_folder` made for that name; None where there is none. Raises like it."""
+    numbers = _numbers(runs, name)
+    return numbers[max(numbers)] if numbers else None
+
+
+def _numbers(runs: Path, name: str) -> dict[int, Path]:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name):
+        raise RecipeError(
+            f"a run cannot be named {name!r}",
+            "the name becomes a folder: letters, digits, dots, dashes and underscores, a letter or digit first",
+            "name = 'my-first-run'",
+        )
+    found = {}
+    for path in runs.glob(f"{name}*"):
+        match = re.fullmatch(r"(?:-([2-9]|[1-9]\d{1,9}))?", path.name.removeprefix(name))
+        if match and path.is_dir() and not path.is_symlink():
+            found[int(match[1] or 1)] = path
+    return found
 
 
 def _scores(path: Path) -> Comparison | None:

@@ -4,8 +4,10 @@ memory of each phase. Plain data, written into the run's folder as it grows, so 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import itertools
 import json
 import threading
 import time
@@ -66,6 +68,8 @@ class Timeline:
         self._begin_s = time.monotonic()
         self.peak_gib = max((sample.used_gib for sample in self.samples), default=0.0)
         """Most memory in use at any look, every process counted."""
+        self._resumed = 0
+        """Steps of earlier sessions."""
         self._written: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
@@ -73,6 +77,18 @@ class Timeline:
     def time_s(self) -> float:
         """Seconds since the run began."""
         return time.monotonic() - self._begin_s
+
+    def follow(self, folder: Path, steps: Iterable[Step]) -> None:
+        """Goes on after these steps, time and all, and with the memory that the files in `folder` show until then, as
+        far as they can be read."""
+        self.steps[:] = steps
+        self._resumed, end_s = len(self.steps), self.steps[-1].time_s
+        with contextlib.suppress(OSError, ValueError, TypeError, csv.Error):
+            earlier = Timeline.read(folder)
+            self.peaks_gib = earlier.peaks_gib
+            for sample in itertools.takewhile(lambda sample: sample.time_s <= end_s, earlier.samples):
+                self.add(sample)
+        self._begin_s = time.monotonic() - end_s
 
     def add(self, sample: Sample) -> None:
         self.samples.append(sample)
@@ -89,10 +105,10 @@ class Timeline:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Real tokens a second since the first step, which also warms up; None before the second."""
-        if len(self.steps) < 2:
+        """Real tokens a second since this session's first step, which also warms up; None before the second."""
+        if len(self.steps) < self._resumed + 2:
             return None
-        first, last = self.steps[0], self.steps[-1]
+        first, last = self.steps[self._resumed], self.steps[-1]
         return (last.tokens - first.tokens) / max(last.time_s - first.time_s, 1e-9)
 
     def write(self, folder: Path) -> None:
@@ -110,10 +126,12 @@ class Timeline:
         text = io.StringIO(newline="")
         csv.writer(text).writerows([*([] if size else [header]), *rows[done:]])
         new = text.getvalue().encode()
-        with path.open("r+b" if size else "wb") as file:
+        place = path if size else path.with_name(f"{path.name}.new")
+        with place.open("r+b" if size else "wb") as file:
             file.truncate(size)  # half a row of a disk that was full
             file.seek(size)
             file.write(new)
+        place.replace(path)  # what an earlier session wrote is there until then
         self._written[path.name] = (len(rows), size + len(new))
 
     @classmethod

@@ -39,7 +39,7 @@ from llamanb.recipe import Recipe
 from llamanb.run import FINISHED, Run
 from llamanb.tape import CHECKPOINTED, STORED
 from llamanb.tape.workload import ADAPTERS, OPTIMIZER
-from llamanb.training import LIBRARIES, train
+from llamanb.training import CHECKPOINTS, LIBRARIES, train
 from llamanb.trials import KERNELS
 
 BASELINE = "baseline"
@@ -269,7 +269,6 @@ def _finished(runs: Path, variant: Variant, device: str) -> Run | None:
         with contextlib.suppress(RecipeError):
             if (run := Run.open(folder)).status == FINISHED:
                 return run
-    return None
 
 
 def _run(name: str, variant: Variant, runs: Path, device: str) -> Row:
@@ -288,13 +287,12 @@ def _run(name: str, variant: Variant, runs: Path, device: str) -> Row:
 
 
 def train_variant(variant: Variant, runs: str, name: str) -> None:
-    """Trains a variant in this process, its attention kernels switched for good; the adapter is not kept."""
+    """Trains a variant in this process, its attention kernels switched for good; its weights are not kept."""
     recipe, data = variant.recipe, _pieces(variant.recipe)
     made = plan(recipe, None, data, force=True)
     if variant.half:
-        layers = architecture(recipe.model, recipe.revision).layers
-        kinds = (CHECKPOINTED,) * (layers // 2) + (STORED,) * (layers - layers // 2)
-        made = made.replace(layers=kinds, memory=None, time=None)
+        half, odd = divmod(architecture(recipe.model, recipe.revision).layers, 2)
+        made = made.replace(layers=(CHECKPOINTED,) * half + (STORED,) * (half + odd), memory=None, time=None)
     if variant.kernel:
         import torch
 
@@ -302,7 +300,9 @@ def train_variant(variant: Variant, runs: str, name: str) -> None:
         made = made.replace(kernel=variant.kernel, attention=attention, memory=None, time=None)
         for kernel, (_, switch) in KERNELS.items():
             getattr(torch.backends.cuda, f"enable_{switch}_sdp")(kernel in (variant.kernel, "math"))
-    shutil.rmtree(train(made, data, name=name, runs=runs).saved)
+    run = train(made, data, name=name, runs=runs, resume=False)
+    shutil.rmtree(run.saved)
+    shutil.rmtree(run.folder / CHECKPOINTS)
 
 
 def _pieces(recipe: Recipe) -> TrainingData:

@@ -1,8 +1,10 @@
-"""`train`: from a plan to a Run. The data is read and checked before torch is imported and a model loaded."""
+"""`train`: from a plan to a Run, or further with one that was cut off. The data is read and checked before torch is
+imported and a model loaded."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 from pathlib import Path
@@ -11,10 +13,13 @@ from llamanb import __version__, hub
 from llamanb.data import TrainingData, load_data
 from llamanb.errors import RecipeError
 from llamanb.layout import Plan
+from llamanb.planner import steps_of
 from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
-from llamanb.timeline import Timeline
+from llamanb.timeline import Timeline, replace_text
+from llamanb.training.checkpoints import lock, step_of
+from llamanb.training.resume import CHECKPOINTS, Progress, pick_up, rows_hash
 
-__all__ = ["Run", "train"]
+__all__ = ["CHECKPOINTS", "Run", "train"]
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
@@ -30,9 +35,13 @@ def train(
     name: str = "run",
     runs: str | Path = "runs",
     report_to: str = "none",
+    resume: bool | None = None,
 ) -> Run:
     """Fine-tunes as the plan says; scores before and after; saves all of it. An interrupt (Ctrl-C, the kernel's stop
     button) ends training after the step at hand, and what was learned is saved and scored.
+
+    A run of that name that did not come to its end, for whatever reason, goes on from its newest checkpoint, and comes
+    to what it would have come to.
 
     Args:
         plan: from `plan(recipe)`.
@@ -40,34 +49,71 @@ def train(
         name: of the run; its folder is `runs`/`name`, with a number where that is taken.
         runs: the folder of all runs.
         report_to: one of REPORTERS, which gets loss and learning rate too, as transformers passes them on.
+        resume: None goes on with an unfinished run of the same recipe. True also with other `steps`, `epochs` and what
+            else is in `resume.FREE`, and with a finished run for more steps. False begins a new run.
 
     Raises:
+        RecipeError: the newest run of that name is unfinished and of another recipe; says what differs.
         OutOfMemoryError: the GPU's memory was not enough; says what took it, and what would fit.
         LlamanbError: for whatever else a person can mend: rows, model, network, disk, GPU.
     """
     _require_reporter(report_to)
-    data = data or load_data(plan.recipe)
-    hub.checkpoint_folder(
-        plan.recipe.model, plan.recipe.revision
-    )  # all that can be refused is, before a folder is made
-    folder = new_folder(Path(runs), name)
-    plan.recipe.save(folder / "recipe.json")
-    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    with contextlib.ExitStack() as held:
+        checkpoint = pick_up(plan, Path(runs), name, resume, held)
+        data = data or load_data(plan.recipe)
+        progress = Progress(rows_hash(data))
+        if checkpoint:
+            progress = _continued(checkpoint, plan, data, progress.rows)
+        hub.checkpoint_folder(plan.recipe.model, plan.recipe.revision)  # all that can be refused is, before any change
+        folder = checkpoint.parents[1].resolve() if checkpoint else new_folder(Path(runs), name)
+        if not checkpoint:
+            held.enter_context(lock(folder))
+        return _watched(plan, data, folder, checkpoint, progress, report_to)
 
-    Run(folder, plan, Timeline("nothing yet")).save()  # so that whatever happens can be shown
+
+def _continued(checkpoint: Path, plan: Plan, data: TrainingData, rows: str) -> Progress:
+    """How far the checkpoint is. Raises RecipeError where it is of other rows, or further than is asked for."""
+    progress, step, steps = Progress.load(checkpoint), step_of(checkpoint), steps_of(plan.recipe, data)
+    folder = checkpoint.parents[1]
+    fix = "give another name=, or resume=False for a new run beside it"
+    if progress.rows != rows:
+        raise RecipeError(f"{folder} was trained on other rows", "the data has changed since", fix)
+    if step > steps:
+        why = f"its checkpoint is of step {step}, and {steps} are asked for"
+        raise RecipeError(f"{folder} cannot become shorter", why, fix)
+    print(f"picking up {folder} at step {step} of {steps}", flush=True)
+    return progress
+
+
+def _watched(
+    plan: Plan, data: TrainingData, folder: Path, checkpoint: Path | None, progress: Progress, report_to: str
+) -> Run:
+    """Trains while a thread samples memory; whatever happens can be shown from the folder."""
+    replace_text(folder / "recipe.json", plan.recipe.to_json())
+    replace_text(folder / "plan.json", plan.to_json())
+    if checkpoint:
+        (folder / "scores.json").unlink(missing_ok=True)  # of an adapter that is no longer the last
+        Run(folder, plan, Timeline("nothing yet")).save_facts()
+    else:
+        Run(folder, plan, Timeline("nothing yet")).save()
 
     from llamanb.out_of_memory import Scene
     from llamanb.quiet import quiet_libraries
     from llamanb.watch.sampler import MemorySampler
 
-    with quiet_libraries(), MemorySampler.here() as sampler:
+    with contextlib.ExitStack() as watching:
+        watching.enter_context(quiet_libraries())
+        sampler = MemorySampler.here()
+        if checkpoint:
+            sampler.timeline.follow(folder, progress.steps)
+        watching.enter_context(sampler)
         versions = {"llamanb": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
         scene = Scene(plan, folder)
         scene.run = Run(folder, plan, sampler.timeline, versions=versions)
         sampler.timeline.planned_gib, sampler.folder = plan.needs_gib, folder
         explained = None
         try:
-            _train(scene, data, report_to)
+            _train(scene, data, report_to, checkpoint, progress)
         except BaseException as error:
             explained = scene.explain(error, sampler.timeline)  # while the tensors are there to be counted
             status = "out of memory" if explained else f"ended by {type(error).__name__}"
@@ -96,12 +142,13 @@ def _write_report(run: Run) -> None:
         print(f"no report.html: {type(error).__name__}: {error}", flush=True)
 
 
-def _train(scene, data: TrainingData, report_to: str) -> None:
+def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, progress: Progress) -> None:
     plan, timeline, folder = scene.plan, scene.run.timeline, scene.folder
     import transformers
 
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model, write_model_card
+    from llamanb.training.saves import Saves
     from llamanb.training.trainer import (
         StopAfter,
         StopOnInterrupt,
@@ -126,32 +173,43 @@ def _train(scene, data: TrainingData, report_to: str) -> None:
     if recipe.adapters:
         model = scene.model = attach_adapters(model, recipe)
 
-    before = None
-    if data.held_out:
+    if data.held_out and not progress.before:
         instants.begins("score")
         print(f"scoring {len(data.held_out)} held-out rows before training", flush=True)
-        before = evaluate(model, data)
+        progress = dataclasses.replace(progress, before=evaluate(model, data))
 
     interrupt = StopOnInterrupt()
     watchers = [LiveView(timeline), interrupt, *callbacks]
     trainer = scene.trainer = build_trainer(plan, model, data, folder, watchers, report_to)
+    trainer.tokens = progress.steps[-1].tokens if progress.steps else 0
     instants.attach(trainer)
-    try:
-        with interrupt:
-            result = trainer.train()
-    finally:
-        let_go()
-    status, train_s = INTERRUPTED if interrupt.asked else FINISHED, result.metrics["train_runtime"]
-    scene.run = scene.run.replace(status=status, train_s=train_s, buckets_gib=scene.buckets_gib)
+    saves = Saves(recipe, progress, timeline, folder)
+    saves.attach(trainer, instants.begins)
+    status, train_s = FINISHED, progress.train_s
+    if checkpoint and step_of(checkpoint) == steps_of(recipe, data):  # the Trainer would take one step more
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        try:
+            with interrupt:
+                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            let_go()
+        train_s += result.metrics["train_runtime"]
+        if trainer.state.global_step < trainer.state.max_steps:
+            status = INTERRUPTED if interrupt.asked else f"stopped after {recipe.stop_after_min or 0:g} minutes"
+            if saves.step == trainer.state.global_step:
+                print(f"{status}: the same again goes on after step {saves.step}", flush=True)
+    scene.run = scene.run.replace(train_s=train_s, buckets_gib=scene.buckets_gib)
     instants.begins("save")  # before anything else can fail
     saved = save_model(model, data.tokenizer, plan, folder)
     scene.run.save()
 
-    if before is not None:
+    if progress.before:
         instants.begins("score")
         print("scoring them again", flush=True)
-        scene.run = scene.run.replace(scores=compare(before, evaluate(model, data), data))
+        scene.run = scene.run.replace(scores=compare(progress.before, evaluate(model, data), data))
         write_model_card(saved, plan, str(scene.run.scores.tables()[0]))
+    scene.run = scene.run.replace(status=status)
     scene.run.save()
 
 

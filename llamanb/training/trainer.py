@@ -18,7 +18,10 @@ from trl import SFTConfig
 from llamanb.data import TrainingData
 from llamanb.data.encode import Encoded
 from llamanb.layout import Plan
-from llamanb.training.step import StepTrainer, pool
+from llamanb.training.checkpoints import ASIDE
+from llamanb.training.resume import CHECKPOINTS
+from llamanb.training.saves import CheckpointedTrainer
+from llamanb.training.step import pool
 
 OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit"}
 """The recipe's names that transformers spells differently."""
@@ -34,12 +37,13 @@ def build_trainer(
     folder: Path,
     callbacks: list[TrainerCallback],
     report_to: str = "none",
-) -> StepTrainer:
-    """A trainer for rows that are encoded already, on a model that is loaded already."""
+) -> CheckpointedTrainer:
+    """A trainer for rows that are encoded already, on a model that is loaded already. It makes checkpoints once `Saves`
+    is attached to it."""
     recipe = plan.recipe
     length = {"max_steps": recipe.steps} if recipe.steps else {"num_train_epochs": recipe.epochs}
     config = SFTConfig(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder / CHECKPOINTS / ASIDE),
         per_device_train_batch_size=plan.recipe.effective_batch_size,  # a whole step; StepTrainer splits it
         **length,
         learning_rate=recipe.highest_learning_rate,
@@ -64,7 +68,7 @@ def build_trainer(
     )
     if plan.card.is_gpu:
         config._n_gpu = 1  # with two visible the Trainer would take both, and trl 1.16 refuses that
-    trainer = StepTrainer(
+    trainer = CheckpointedTrainer(
         plan,
         model=model,
         args=config,

@@ -38,6 +38,7 @@ class LiveView(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start_s = self._last_draw_s = self._last_words_s = time.monotonic()
+        self._first_step = state.global_step  # of this session; an earlier one may have made some
         self._bar, self._picture = _display_handle(), _display_handle()
         self._say(state, self._status(state))
 
@@ -48,7 +49,8 @@ class LiveView(TrainerCallback):
         step = Step(state.global_step, self.timeline.time_s, *seen, int(logs.get("num_tokens") or 0))
         self.timeline.steps.append(step)
         status, now = self._status(state), time.monotonic()
-        if state.global_step % max(1, state.max_steps // LINES) == 0 or state.global_step in (1, state.max_steps):
+        ends = self._first_step + 1, state.max_steps
+        if state.global_step % max(1, state.max_steps // LINES) == 0 or state.global_step in ends:
             print(status, flush=True)
         if now - self._last_words_s >= WORDS_S:
             self._say(state, status)
@@ -64,7 +66,8 @@ class LiveView(TrainerCallback):
 
     def _status(self, state) -> str:
         timeline, elapsed = self.timeline, time.monotonic() - self._start_s
-        left = elapsed / max(1, state.global_step) * (state.max_steps - state.global_step)
+        done = state.global_step - self._first_step
+        left = elapsed / max(1, done) * (state.max_steps - state.global_step)
         parts = [f"step {state.global_step} of {state.max_steps}"]
         if timeline.steps:
             parts.append(f"loss {timeline.steps[-1].loss:.3f}")
@@ -73,7 +76,7 @@ class LiveView(TrainerCallback):
         if timeline.samples:
             parts.append(f"{timeline.samples[-1].used_gib:.2f} GiB, at most {timeline.peak_gib:.2f}")
         parts.append(f"{_clock(elapsed)} gone")
-        if state.global_step:
+        if done:
             parts.append(f"{_clock(left)} left")
         return ", ".join(parts)
 

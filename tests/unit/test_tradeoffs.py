@@ -344,7 +344,8 @@ def test_what_a_recipe_cannot_say_reaches_the_plan_and_torch(name, tmp_path, mon
         monkeypatch.setattr(
             torch.backends.cuda, f"enable_{switch}_sdp", lambda on, switch=switch: switched.update({switch: on})
         )
-    (tmp_path / "adapter").mkdir()
+    for left in ("adapter", "checkpoints"):
+        (tmp_path / left).mkdir()
 
     def train(made, data, **where):
         trained.append((made, data, where))
@@ -353,9 +354,9 @@ def test_what_a_recipe_cannot_say_reaches_the_plan_and_torch(name, tmp_path, mon
     monkeypatch.setattr(tradeoffs, "train", train)
     tradeoffs.train_variant(FOUND[name], str(tmp_path), "some-name")
     [(made, data, where)] = trained
-    assert where == {"name": "some-name", "runs": str(tmp_path)}
+    assert where == {"name": "some-name", "runs": str(tmp_path), "resume": False}
     assert set(data.lengths) == {64}
-    assert not (tmp_path / "adapter").exists()
+    assert list(tmp_path.iterdir()) == []
     if name == "recompute half":
         assert made.layers == (CHECKPOINTED, CHECKPOINTED, STORED, STORED)
         assert switched == {}
@@ -381,5 +382,5 @@ def test_the_command_line_measures_in_fresh_processes_and_keeps_tables_and_pictu
     run = Run.open(folder)
     assert run.plan.recipe.steps == len(run.timeline.steps) == 2
     assert run.timeline.steps[-1].tokens == 2 * 2 * 64
-    assert not (folder / "adapter").exists()
+    assert not {"adapter", "checkpoints"} & {path.name for path in folder.iterdir()}
     assert 0 < sum(run.buckets_gib.values()) * GIB < 10 * 2**20

@@ -1,0 +1,138 @@
+"""When a training makes checkpoints, and what of torch's is in them: trained weights, optimizer, scheduler, scaler,
+random states and the Trainer's own state. A checkpoint that cannot be written stops nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+
+from llamanb.nvml import first_line
+from llamanb.recipe import Recipe
+from llamanb.timeline import Timeline
+from llamanb.training.checkpoints import commit, flush
+from llamanb.training.resume import CHECKPOINTS, Progress
+from llamanb.training.step import StepTrainer
+
+WEIGHTS = "trained.safetensors"
+APART = 20
+"""Times as long as a checkpoint takes that the next one waits at least, whatever the recipe says of minutes."""
+RETRY_S = 60.0
+"""Until the next try, where one failed."""
+
+
+class CheckpointedTrainer(StepTrainer):
+    """With what is trained and nothing else in a checkpoint: no card, no tokenizer, no pickled arguments, and
+    no question to the Hub about the base model's config."""
+
+    def _save_checkpoint(self, model, trial) -> None:
+        Trainer._save_checkpoint(self, model, trial)
+
+    def save_model(self, output_dir: str, _internal_call: bool = False) -> None:
+        Path(output_dir).mkdir(parents=True)
+        save_file({name: p.detach().contiguous() for name, p in self._trained()}, Path(output_dir) / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        for name, parameter in self._trained():
+            parameter.data.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            page_again(self.optimizer)
+            # What the saved states say was meant for as many steps as there were to be then
+            rules = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+            rates = [highest * rule(self.lr_scheduler.last_epoch) for highest, rule in rules]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            self.lr_scheduler._last_lr = rates
+
+    def _trained(self):
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+
+def page_again(optimizer) -> None:
+    """Moves loaded states back to paged memory: bitsandbytes (0.50) loads them as plain tensors on the GPU."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in state.keys() & {"state1", "state2"}:
+            paged = optimizer.get_state_buffer(parameter, state[name].dtype)
+            if parameter.is_cuda:
+                torch.cuda.synchronize()  # the buffer is filled with zeros meanwhile
+            state[name] = paged.copy_(state[name])
+
+
+class Saves(TrainerCallback):
+    """Makes a checkpoint every so many minutes or steps, and when training ends, however it was asked to.
+
+    Args:
+        recipe: says how often.
+        progress: as far as the run was when this session began.
+        timeline: of the run; what it has seen until then is flushed with each checkpoint.
+        folder: of the run.
+    """
+
+    def __init__(self, recipe: Recipe, progress: Progress, timeline: Timeline, folder: Path):
+        self.step: int | None = None
+        """Of the last checkpoint that was made here."""
+        self._recipe, self._progress, self._timeline, self._folder = recipe, progress, timeline, folder
+        self._failed = False
+
+    def attach(self, trainer: CheckpointedTrainer, begins: Callable[[str], None]) -> None:
+        """Stands between the trainer and its `_save_checkpoint`; `begins` is told that the phase "save" does."""
+        write = trainer._save_checkpoint
+
+        def save(model, trial) -> None:
+            begins("save")
+            begin_s, step = time.monotonic(), trainer.state.global_step
+            made = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+            try:
+                shutil.rmtree(made.parent, ignore_errors=True)
+                write(model, trial)
+                self._commit(made, step)
+            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk by any other name
+                shutil.rmtree(made.parent, ignore_errors=True)
+                self._tell(step, error, trainer.control.should_training_stop)
+                self._next_s = time.monotonic() + RETRY_S
+            else:
+                self.step, self._failed = step, False
+                took_s = time.monotonic() - begin_s
+                self._next_s = time.monotonic() + max(60 * self._recipe.checkpoint_every_min, APART * took_s)
+
+        trainer._save_checkpoint = save
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begin_s = time.monotonic()
+        self._next_s = self._begin_s + 60 * self._recipe.checkpoint_every_min
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every = self._recipe.checkpoint_every_steps
+        due = time.monotonic() >= self._next_s or (every and state.global_step % every == 0)
+        control.should_save |= bool(due or control.should_training_stop)
+
+    def _commit(self, made: Path, step: int) -> None:
+        train_s = self._progress.train_s + time.monotonic() - self._begin_s
+        dataclasses.replace(self._progress, train_s=train_s, steps=tuple(self._timeline.steps)).save(made)
+        self._timeline.write(self._folder)
+        files = (path for path in self._folder.iterdir() if path.suffix in (".json", ".csv"))
+        for path in (*files, self._folder, self._folder.parent):
+            flush(path)
+        commit(made, self._folder / CHECKPOINTS, step)
+
+    def _tell(self, step: int, error: Exception, last: bool) -> None:
+        if last or not self._failed:  # else it has been said
+            then = "" if last else "; training goes on, and tries again"
+            why = f"{type(error).__name__}: {first_line(error)}"
+            print(f"no checkpoint at step {step} ({why}). Earlier ones stay{then}", flush=True)
+        self._failed = True

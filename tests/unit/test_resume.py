@@ -1,0 +1,722 @@
+"""A training that goes on where it was: to the same result, bit for bit, or not at all and with the reason."""
+
+import csv
+import errno
+import itertools
+import json
+import multiprocessing
+import shutil
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from llamanb import Card, Recipe, load_adapter, load_data, plan, show_run, train
+from llamanb.errors import RecipeError
+from llamanb.evaluate import Scores
+from llamanb.run import FINISHED, RUNNING
+from llamanb.timeline import Step, Timeline
+from llamanb.training import saves, trainer
+from llamanb.training.checkpoints import ASIDE, MANIFEST, holds, lock, newest
+from llamanb.training.resume import CHECKPOINTS, FREE, PROGRESS, Progress, pick_up, rows_hash
+from llamanb.training.saves import Saves, page_again
+
+CPU = Card("CPU", None)
+STEPS, PASS = 8, 5
+"""Optimizer steps of a run, and of one pass over its rows; the last one of a pass has fewer rows."""
+STATES = ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@pytest.fixture(scope="module")
+def recipe(mini, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"instruction": f"Say {n}.", "output": f"It is {n}, and {n * n}."} for n in range(20)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    fields = {"model": str(mini), "dataset": str(path), "max_length": 128, "effective_batch_size": 4, "steps": STEPS}
+    fields |= {"micro_batch_size": 2, "dropout": 0.2, "eval_rows": 2, "learning_rate": 1e-2}
+    return lambda **more: Recipe(**{**fields, **more})
+
+
+class Ends(TrainerCallback):
+    """Ends a training in the step after `step` as a dying process would: without a checkpoint more."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise SystemExit(f"after step {self.step}")
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """`ended(recipe, runs, step)`: a run that made checkpoints at each step and ended after that one."""
+    build = trainer.build_trainer
+
+    def end(recipe, runs, step, name="run", **asked):
+        def built(plan, model, data, folder, callbacks, *rest):
+            return build(plan, model, data, folder, [*callbacks, Ends(step)], *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "build_trainer", built)
+            with pytest.raises(SystemExit):
+                train(plan(recipe.replace(checkpoint_every_steps=1), CPU), name=name, runs=runs, **asked)
+        return runs / name
+
+    return end
+
+
+def states(run) -> list[bytes]:
+    """Everything that decides how a training goes on, as it was at the end."""
+    last = run.folder / CHECKPOINTS / f"step-{len(run.losses):08d}"
+    assert holds(last)
+    return [(last / name).read_bytes() for name in STATES]
+
+
+def same(run, whole) -> None:
+    """Two runs came to the same, bit for bit."""
+    assert [step._replace(time_s=0) for step in run.timeline.steps] == [
+        step._replace(time_s=0) for step in whole.timeline.steps
+    ]
+    assert states(run) == states(whole)
+    for path in whole.saved.glob("*.safetensors"):
+        assert (run.saved / path.name).read_bytes() == path.read_bytes()
+    assert run.scores == whole.scores
+    assert run.status == whole.status == FINISHED
+
+
+VARIANTS = {
+    "nf4": {},
+    "whole": {"method": "full", "optimizer": "adamw_torch_fused", "micro_batch_size": 1, "schedule": "cosine"},
+    "lora": {"method": "lora", "dora": True, "effective_batch_size": 6, "micro_batch_size": 3, "dropout": 0.5},
+    "int8": {"method": "qlora-int8", "optimizer": "adamw_8bit", "rank": 64, "micro_batch_size": 4},
+    "checkpointed": {"method": "lora", "checkpointing": "all", "epochs": 1.5, "steps": None, "warmup": 0.5},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_died_comes_to_what_it_would_have_come_to(recipe, tmp_path, ended, variant):
+    r = recipe(checkpoint_every_steps=1, **VARIANTS[variant])
+    whole = train(plan(r, CPU), name="whole", runs=tmp_path)
+    steps = len(whole.losses)
+    for step in (2, PASS, steps - 1):  # within a pass, at its edge, before the last
+        ended(r, tmp_path, step, f"after-{step}")
+        run = train(plan(r, CPU), name=f"after-{step}", runs=tmp_path)
+        assert run.folder == tmp_path / f"after-{step}"
+        same(run, whole)
+
+
+@pytest.mark.slow
+def test_one_that_dies_again_and_again_does_too(recipe, tmp_path, ended):
+    r = recipe(checkpoint_every_steps=1)
+    whole = train(plan(r, CPU), name="whole", runs=tmp_path)
+    for step in range(1, STEPS):
+        ended(r, tmp_path, step)
+    assert not (tmp_path / "run-2").exists()
+    run = train(plan(r, CPU), runs=tmp_path)
+    same(run, whole)
+    times = [step.time_s for step in run.timeline.steps]
+    assert times == sorted(times)
+
+
+def test_it_says_where_it_goes_on_and_scores_the_untrained_model_once(recipe, tmp_path, ended, capsys):
+    folder = ended(recipe(), tmp_path, 3)
+    assert "scoring 2 held-out rows before training" in capsys.readouterr().out
+    run = train(plan(recipe(checkpoint_every_steps=1), CPU), runs=tmp_path)
+    out = capsys.readouterr().out
+    assert f"picking up {folder} at step 3 of {STEPS}\n" in out
+    assert "before training" not in out
+    assert f"step 4 of {STEPS}, loss" in out
+    assert "\nstep 3 of" not in out
+    assert run.scores.before.loss > run.scores.after.loss
+
+
+def test_what_was_watched_goes_on_after_the_checkpoint(recipe, tmp_path, monkeypatch):
+    """Rows of steps that were lost go; time goes on from the last step that counts."""
+    monkeypatch.setattr("llamanb.watch.sampler.INTERVAL_S", 0.01)
+    r = recipe(checkpoint_every_steps=3)
+
+    class Dies(Ends):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise SystemExit
+
+    build = trainer.build_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trainer, "build_trainer", lambda p, m, d, f, cbs, *rest: build(p, m, d, f, [*cbs, Dies(9)], *rest)
+        )
+        with pytest.raises(SystemExit):
+            train(plan(r, CPU), runs=tmp_path)
+    died = show_run(tmp_path / "run")
+    assert len(died.losses) == 4
+    run = train(plan(r, CPU), runs=tmp_path)
+    assert [step.step for step in run.timeline.steps] == list(range(1, STEPS + 1))
+    third, fourth = run.timeline.steps[2:4]
+    assert run.timeline.steps[:3] == died.timeline.steps[:3]
+    assert third.time_s < fourth.time_s
+    kept = [sample for sample in died.timeline.samples if sample.time_s <= third.time_s]
+    assert run.timeline.samples[: len(kept)] == kept
+    assert run.timeline.samples[len(kept)].time_s > third.time_s
+    assert [s.time_s for s in run.timeline.samples] == sorted(s.time_s for s in run.timeline.samples)
+    again = show_run(run.folder)
+    assert (again.timeline.steps, again.timeline.samples) == (run.timeline.steps, run.timeline.samples)
+    with (run.folder / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, STEPS + 1))
+    before = Progress.load(run.folder / CHECKPOINTS / "step-00000006").train_s
+    assert run.train_s > before > 0
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "memory.csv", "timeline.json", "run.json", "recipe.json"])
+@pytest.mark.parametrize("content", [None, b"", b"\0\0\0", b"step\nstep\n"])
+def test_no_work_is_lost_with_a_file_that_only_tells_of_it(recipe, tmp_path, ended, name, content):
+    folder = ended(recipe(steps=4), tmp_path, 3)
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    run = train(plan(recipe(steps=4, checkpoint_every_steps=1), CPU), runs=tmp_path)
+    assert run.folder == folder
+    assert len(run.losses) == 4
+    assert show_run(folder).losses == run.losses
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, ended, capsys):
+    r = recipe(checkpoint_every_steps=1)
+    whole = train(plan(r, CPU), name="whole", runs=tmp_path)
+    folder = ended(r, tmp_path, 4)
+    path = folder / CHECKPOINTS / "step-00000004" / "trained.safetensors"
+    spoiled = bytearray(path.read_bytes())
+    spoiled[-5] ^= 4  # safetensors would not notice
+    path.write_bytes(spoiled)
+    load_file(path)
+    run = train(plan(r, CPU), runs=tmp_path)
+    assert "at step 3 of" in capsys.readouterr().out
+    same(run, whole)
+
+
+def test_what_fails_while_it_scores_is_picked_up_after_the_last_step(recipe, tmp_path, monkeypatch, capsys):
+    r = recipe(steps=3)
+    whole = train(plan(r, CPU), name="whole", runs=tmp_path)
+
+    def fails(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llamanb.evaluate.compare", fails)
+        with pytest.raises(MemoryError):
+            train(plan(r, CPU), runs=tmp_path)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    run = train(plan(r, CPU), runs=tmp_path)
+    assert f"picking up {run.folder} at step 3 of 3" in capsys.readouterr().out
+    same(run, whole)
+    assert run.train_s > 0
+    assert load_adapter(run.folder)
+
+
+def test_a_run_is_finished_only_when_it_has_been_scored(recipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "llamanb.evaluate.compare", lambda *args: seen.append(show_run(tmp_path / "run").status) or (1 / 0)
+    )
+    with pytest.raises(ZeroDivisionError):
+        train(plan(recipe(steps=2), CPU), runs=tmp_path)
+    assert seen == [RUNNING]
+
+
+def test_a_finished_run_is_left_alone(recipe, tmp_path, capsys):
+    p = plan(recipe(steps=2), CPU)
+    first = train(p, runs=tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    second = train(p, runs=tmp_path)
+    assert second.folder.name == "run-2"
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+    with pytest.raises(RecipeError, match="nothing to resume") as caught:
+        train(p, runs=tmp_path, resume=True)
+    assert "run-2 is finished, and no more steps are asked for" in caught.value.why
+    assert "beginning a new run" not in capsys.readouterr().out
+
+
+def test_a_finished_run_goes_on_for_more_steps_when_it_is_asked_to(recipe, tmp_path, capsys):
+    run = train(plan(recipe(steps=4), CPU), runs=tmp_path)
+    assert train(plan(recipe(steps=5), CPU), runs=tmp_path).folder.name == "run-2", "not by itself"
+    shutil.rmtree(tmp_path / "run-2")
+    more = train(plan(recipe(steps=6), CPU), runs=tmp_path, resume=True)
+    assert more.folder == run.folder
+    assert more.losses[:4] == run.losses
+    assert len(more.losses) == 6
+    assert "at step 4 of 6" in capsys.readouterr().out
+    whole = train(plan(recipe(steps=6), CPU), name="whole", runs=tmp_path)
+    rates, wanted = ([step.learning_rate for step in run.timeline.steps] for run in (more, whole))
+    assert rates[4:] == wanted[4:], "the schedule is that of six steps from there on"
+    assert rates[:4] == [step.learning_rate for step in run.timeline.steps]
+    assert more.train_s > run.train_s
+    assert Recipe.load(run.folder / "recipe.json").steps == 6
+    assert show_run(run.folder).status == FINISHED
+
+
+def test_asked_for_more_steps_and_killed_it_goes_on_by_itself(recipe, tmp_path, ended):
+    train(plan(recipe(steps=2, checkpoint_every_steps=1), CPU), runs=tmp_path)
+    ended(recipe(steps=6), tmp_path, 2, resume=True)  # before its first checkpoint
+    run = train(plan(recipe(steps=6, checkpoint_every_steps=1), CPU), runs=tmp_path)
+    assert (run.folder.name, len(run.losses)) == ("run", 6)
+
+
+def test_it_does_not_become_shorter(recipe, tmp_path, ended):
+    ended(recipe(), tmp_path, 5)
+    with pytest.raises(RecipeError, match="cannot become shorter") as caught:
+        train(plan(recipe(steps=3, checkpoint_every_steps=1), CPU), runs=tmp_path, resume=True)
+    assert "of step 5, and 3 are asked for" in caught.value.why
+
+
+def test_another_recipe_is_refused_with_the_difference_before_any_data_is_read(recipe, tmp_path, ended, monkeypatch):
+    folder = ended(recipe(), tmp_path, 3)
+    changed = recipe(rank=4, learning_rate=3e-3, steps=20, checkpoint_every_steps=1)
+    asked = plan(changed, CPU)
+    monkeypatch.setattr("llamanb.training.load_data", None)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for resume in (None, True):
+        with pytest.raises(RecipeError) as caught:
+            train(asked, runs=tmp_path, resume=resume)
+        error = caught.value
+        assert error.what == f"{folder} is there already, unfinished, with another recipe"
+        assert error.why == "rank: 16 there, 4 now; steps: 8 there, 20 now; learning_rate: 0.01 there, 0.003 now"
+        assert "another name=, or resume=False" in error.fix
+        assert "rank, learning_rate decided what is trained" in error.fix
+        (table,) = error.details
+        assert table.rows == [["rank", 16, 4], ["steps", 8, 20], ["learning_rate", 0.01, 3e-3]]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_fields_that_decide_nothing_may_change_when_that_is_asked_for(recipe, tmp_path, ended, capfd):
+    ended(recipe(), tmp_path, 3)
+    r = recipe(micro_batch_size=4, checkpointing="all", checkpoint_every_steps=2, checkpoint_every_min=5, steps=7)
+    with pytest.raises(RecipeError, match="unfinished") as caught:
+        train(plan(r, CPU), runs=tmp_path)
+    assert caught.value.fix.endswith("or resume=True to go on")
+    run = train(plan(r, CPU), runs=tmp_path, resume=True)
+    assert len(run.losses) == 7
+    assert show_run(run.folder).plan.micro_batch_size == 4
+    assert capfd.readouterr().err == ""
+
+
+def test_every_other_field_decides(recipe, tmp_path, ended):
+    """A new field of a recipe is thought of as one that decides until it is named in FREE."""
+    fields = {name: getattr(recipe(), name) for name in recipe().__dataclass_fields__}
+    assert fields.keys() >= FREE
+    assert {"eval_rows", "seed", "max_length", "effective_batch_size", "targets", "dataset", "warmup"}.isdisjoint(FREE)
+
+
+def test_another_card_s_arithmetic_or_optimizer_is_another_recipe(recipe, tmp_path, ended):
+    ended(recipe(), tmp_path, 2)
+    other = plan(recipe(checkpoint_every_steps=1), CPU)
+    for name, value in (("dtype", "bf16"), ("optimizer", "paged_adamw_8bit")):
+        with pytest.raises(RecipeError, match="another recipe") as caught:
+            train(other.replace(**{name: value}), runs=tmp_path, resume=True)
+        assert f"{value!r} now" in caught.value.why
+
+
+def test_other_rows_are_refused(recipe, tmp_path, ended):
+    r = recipe(checkpoint_every_steps=1)
+    data = load_data(r)
+    ended(r, tmp_path, 2)
+    rows = Path(r.dataset).read_text()
+    try:
+        Path(r.dataset).write_text(rows.replace("Say 3.", "Say 4."))
+        with pytest.raises(RecipeError, match="trained on other rows"):
+            train(plan(r, CPU), runs=tmp_path)
+    finally:
+        Path(r.dataset).write_text(rows)
+    assert train(plan(r, CPU), data, runs=tmp_path).folder.name == "run"
+
+
+def test_resume_false_begins_a_new_run_beside_it(recipe, tmp_path, ended):
+    folder = ended(recipe(), tmp_path, 2)
+    run = train(plan(recipe(rank=4, steps=1), CPU), runs=tmp_path, resume=False)
+    assert run.folder.name == "run-2"
+    assert show_run(folder).status == "ended by SystemExit"
+    assert newest(folder / CHECKPOINTS).name == "step-00000002"
+
+
+def test_where_there_is_nothing_to_go_on_from_it_says_so(recipe, tmp_path, ended, capsys):
+    p = plan(recipe(checkpoint_every_steps=1), CPU)
+    with pytest.raises(RecipeError, match="nothing to resume") as caught:
+        train(p, runs=tmp_path, resume=True)
+    assert "there is no run 'run'" in caught.value.why
+    folder = ended(recipe(), tmp_path, 2)
+    for path in (folder / CHECKPOINTS).glob(f"*/{MANIFEST}"):
+        path.unlink()
+    with pytest.raises(RecipeError, match="nothing to resume"):
+        train(p, runs=tmp_path, resume=True)
+    capsys.readouterr()
+    assert train(plan(recipe(steps=1), CPU), runs=tmp_path).folder.name == "run-2"
+    assert f"{folder} has no checkpoint to go on from; beginning a new run\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"recipe": {"model": 3}}', None])
+def test_a_plan_that_cannot_be_read_ends_in_a_new_run(recipe, tmp_path, content, capsys):
+    run = train(plan(recipe(steps=1), CPU), runs=tmp_path)
+    run.replace(status=RUNNING).save()
+    (run.folder / "plan.json").unlink() if content is None else (run.folder / "plan.json").write_bytes(content)
+    with ExitStack() as held:
+        assert pick_up(plan(recipe(steps=1), CPU), tmp_path, "run", None, held) is None
+    assert "plan.json cannot be read" in capsys.readouterr().out
+
+
+def test_a_run_that_lives_is_not_touched(recipe, tmp_path, ended, capsys):
+    folder = ended(recipe(), tmp_path, 2)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    p = plan(recipe(checkpoint_every_steps=1, steps=STEPS), CPU)
+    with lock(folder):
+        with pytest.raises(RecipeError, match="nothing to resume") as caught:
+            train(p, runs=tmp_path, resume=True)
+        assert "is being trained by another process" in caught.value.why
+        run = train(plan(recipe(steps=1), CPU), runs=tmp_path)
+    assert run.folder.name == "run-2"
+    assert "another process; beginning a new run" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_is_locked_while_it_trains_and_free_afterwards(recipe, tmp_path, monkeypatch):
+    seen = []
+    build = trainer.build_trainer
+
+    def look(plan, model, data, folder, *rest):
+        with lock(folder) as free:
+            seen.append(free)
+        return build(plan, model, data, folder, *rest)
+
+    monkeypatch.setattr(trainer, "build_trainer", look)
+    run = train(plan(recipe(steps=1), CPU), runs=tmp_path)
+    train(plan(recipe(steps=2), CPU), runs=tmp_path, resume=True)
+    assert seen == [False, False]
+    with lock(run.folder) as free:
+        assert free
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [
+        ([], None),
+        (["run"], "run"),
+        (["run", "run-2", "run-10"], "run-10"),
+        (["run", "run-3"], "run-3"),
+        (["run", "run-1", "run-02", "run-x", "run-2.bak", "runs", "arun-5", "run.2-7"], "run"),
+    ],
+)
+def test_the_newest_of_a_name_is_the_one_with_the_highest_number(tmp_path, there, found):
+    from llamanb.run import new_folder, newest_folder
+
+    for name in there:
+        (tmp_path / name).mkdir()
+    (tmp_path / "run-77").touch()
+    (tmp_path / "run-88").symlink_to(tmp_path)
+    assert newest_folder(tmp_path, "run") == (tmp_path / found if found else None)
+    assert (
+        new_folder(tmp_path, "run").name == {None: "run", "run": "run-2", "run-10": "run-11", "run-3": "run-4"}[found]
+    )
+
+
+# --- when checkpoints are made
+
+
+class Args:
+    def __init__(self, output_dir):
+        self.output_dir = output_dir
+
+
+class Control:
+    should_save = should_training_stop = False
+
+
+class Clock:
+    now_s = 100.0
+
+    def monotonic(self):
+        return self.now_s
+
+
+class FakeTrainer:
+    """As much of a trainer as `Saves` sees; a save takes `save_s` and fails with `error`."""
+
+    def __init__(self, folder, clock):
+        self.args, self.control, self.state = Args(str(folder / CHECKPOINTS / ASIDE)), Control(), Control()
+        self.clock, self.save_s, self.error, self.written = clock, 0.0, None, []
+
+    def add_callback(self, callback):
+        self.callback = callback
+
+    def _save_checkpoint(self, model, trial):
+        made = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        made.mkdir(parents=True)
+        self.clock.now_s += self.save_s
+        (made / "half").write_text("x")
+        if self.error:
+            raise self.error
+        self.written.append(self.state.global_step)
+
+    def run(self, steps: int, step_s: float) -> list[int]:
+        """Steps in which a checkpoint was tried."""
+        tried = []
+        self.callback.on_train_begin(None, self.state, self.control)
+        for step in range(1, steps + 1):
+            self.clock.now_s += step_s
+            self.state.global_step = step
+            self.control.should_save, self.control.should_training_stop = False, step == steps
+            self.callback.on_step_end(None, self.state, self.control)
+            if self.control.should_save:
+                tried.append(step)
+                self._save_checkpoint(None, None)
+        return tried
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """`fake(**fields)`: a fake trainer with Saves attached."""
+
+    def made(**fields):
+        clock = Clock()
+        monkeypatch.setattr(saves, "time", clock)
+        trainer = FakeTrainer(tmp_path, clock)
+        trainer.phases = []
+        Saves(Recipe(**fields), Progress("rows"), Timeline("fake"), tmp_path).attach(trainer, trainer.phases.append)
+        return trainer
+
+    return made
+
+
+def test_by_the_clock_and_at_the_end(fake, tmp_path):
+    trainer = fake(checkpoint_every_min=10)
+    assert trainer.run(100, 30.0) == [20, 40, 60, 80, 100]
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == ["step-00000080", "step-00000100"]
+    assert trainer.phases == ["save"] * 5
+
+
+def test_ten_minutes_unless_more_is_asked_for(fake):
+    assert fake().run(25, 60.0) == [10, 20, 25]
+
+
+def test_by_steps(fake):
+    assert fake(checkpoint_every_steps=4).run(10, 1.0) == [4, 8, 10]
+
+
+def test_a_checkpoint_that_takes_long_is_made_less_often(fake):
+    trainer = fake(checkpoint_every_min=1)
+    trainer.save_s = 30.0
+    tried = trainer.run(200, 10.0)
+    assert tried == [6, 66, 126, 186, 200], "a twentieth of the time at most"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos")])
+def test_one_that_fails_stops_nothing_is_told_once_and_tried_again_soon(fake, tmp_path, capsys, error):
+    trainer = fake(checkpoint_every_min=10)
+    trainer.error = error
+    assert trainer.run(30, 30.0) == [20, 22, 24, 26, 28, 30]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2, "the first and, as there is no next try, the last"
+    assert lines[0].startswith("no checkpoint at step 20 (")
+    assert str(error).split("] ")[-1] in lines[0]
+    assert lines[0].endswith("Earlier ones stay; training goes on, and tries again")
+    assert lines[1].endswith("Earlier ones stay")
+    assert not (tmp_path / CHECKPOINTS / ASIDE).exists(), "what it had written takes no room"
+    trainer.error = None
+    assert trainer.run(25, 30.0)[0] == 20
+    assert newest(tmp_path / CHECKPOINTS).name == "step-00000025"
+
+
+class Fails:
+    """Fails the n-th call of what writes a checkpoint's files, with half a file written."""
+
+    def __init__(self, patch, number: int):
+        self.left = number
+        for place, name in ((torch, "save"), (saves, "save_file"), (Progress, "save"), (saves, "flush")):
+            patch.setattr(place, name, self.watched(getattr(place, name)))
+
+    def watched(self, call):
+        def outer(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return call(*args, **kwargs)
+
+        return outer
+
+
+def test_a_disk_that_fills_up_at_any_write_leaves_the_training_and_the_older_checkpoint(recipe, tmp_path, monkeypatch):
+    r = recipe(steps=3, checkpoint_every_steps=1, method="lora", eval_rows=0)
+    whole = train(plan(r, CPU), name="whole", runs=tmp_path)
+    build = trainer.build_trainer
+
+    class Full(TrainerCallback):
+        """The disk is full in the second step, and in no other."""
+
+        def __init__(self, number, patch):
+            self.number, self.patch = number, patch
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                self.fails = Fails(self.patch, self.number)
+            elif state.global_step == 2:
+                self.patch.undo()
+                self.found = newest(Path(args.output_dir).parent).name
+
+    for number in itertools.count(1):
+        with monkeypatch.context() as patch:
+            callbacks = [Full(number, patch)]
+            patch.setattr(trainer, "build_trainer", lambda *args, c=callbacks: build(*args[:4], args[4] + c, *args[5:]))
+            run = train(plan(r, CPU), name=f"run{number}", runs=tmp_path)
+        (full,) = callbacks
+        same(run, whole)
+        if full.fails.left > 0:
+            break
+        assert full.found == "step-00000001", number
+    assert full.found == "step-00000002"
+    assert number > 10
+
+
+def test_a_file_that_may_not_grow_is_no_end_of_the_training(recipe, tmp_path):
+    """The real thing: the system refuses torch's and safetensors' own writes."""
+    child = multiprocessing.get_context("fork").Process(target=_train_with_small_files, args=(recipe(), tmp_path))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def _train_with_small_files(recipe, runs):
+    import os
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    seen = []
+    build = trainer.build_trainer
+
+    class Small(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            limits = {1: 1000, 2: 20_000, 3: 140_000, 4: resource.RLIM_INFINITY}
+            if size := limits.get(state.global_step):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            seen.append(newest(runs / "run" / CHECKPOINTS))
+
+    trainer.build_trainer = lambda p, m, d, f, c, *rest: build(p, m, d, f, [*c, Small()], *rest)
+    run = train(plan(recipe.replace(checkpoint_every_steps=1, steps=6), CPU), runs=runs)
+    steps = [path and path.name for path in seen]
+    first = "step-00000001"
+    good = steps == [None, first, first, first, first, "step-00000005"] and run.status == FINISHED
+    os._exit(0 if good else 1)
+
+
+# --- what is in them
+
+
+def test_a_checkpoint_holds_no_pickled_arguments_no_card_and_asks_nobody(recipe, tmp_path, monkeypatch):
+    import socket
+
+    def refuses(*args, **kwargs):
+        raise AssertionError("a question to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuses)
+    r = recipe(steps=1, model=str(recipe().model))
+    run = train(plan(r, CPU), runs=tmp_path)
+    (checkpoint,) = (run.folder / CHECKPOINTS).iterdir()
+    names = {path.name for path in checkpoint.iterdir()}
+    assert names == {MANIFEST, PROGRESS, "trainer_state.json", *STATES}
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        assert b"posix" not in (checkpoint / name).read_bytes()
+
+
+def test_every_load_is_of_weights_only(recipe, tmp_path, ended, monkeypatch):
+    ended(recipe(), tmp_path, 2)
+    loads, load = [], torch.load
+
+    def watched(*args, **kwargs):
+        loads.append(kwargs.get("weights_only"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", watched)
+    train(plan(recipe(checkpoint_every_steps=1), CPU), runs=tmp_path)
+    assert len(loads) >= 3
+    assert set(loads) == {True}
+
+
+class _Malicious:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('pwned').touch()",))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_that_would_rather_run_does_not(recipe, tmp_path, ended, monkeypatch, name):
+    """With a manifest that vouches for it: whoever can write here can write that too."""
+    folder = ended(recipe(), tmp_path / "runs", 2)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = newest(folder / CHECKPOINTS)
+    torch.save(_Malicious(), checkpoint / name)
+    from llamanb.training.checkpoints import _facts
+
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"][name] = _facts(checkpoint / name)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    assert newest(folder / CHECKPOINTS) == checkpoint
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        train(plan(recipe(checkpoint_every_steps=1), CPU), runs=tmp_path / "runs")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_progress_is_read_as_it_was_written(tmp_path):
+    steps = (Step(1, 0.1, float("inf"), 2e-4, 0.5, 10), Step(2, 0.2, 1.0, 1e-4, 0.25, 2**53))
+    for before in (None, Scores(1.5, None, ("a", 'b "c"')), Scores(0.25, 0.5, ())):
+        made = Progress("rows", before, 12.5, steps)
+        made.save(tmp_path)
+        assert Progress.load(tmp_path) == made
+
+
+def test_rows_are_told_apart(recipe):
+    import dataclasses
+
+    data = load_data(recipe())
+    known = rows_hash(data)
+    assert rows_hash(load_data(recipe())) == known
+    first, *rest = data.train
+    others = [
+        [*rest, first],
+        rest,
+        [dataclasses.replace(first, labels=first.input_ids), *rest],
+        [dataclasses.replace(first, input_ids=first.input_ids[::-1]), *rest],
+    ]
+    assert len({known, *(rows_hash(dataclasses.replace(data, train=rows)) for rows in others)}) == 5
+    moved = dataclasses.replace(data, train=[*data.train, data.held_out[0]], held_out=data.held_out[1:])
+    assert rows_hash(moved) != known
+
+
+def test_paged_states_are_paged_again():
+    """bitsandbytes loads them as plain tensors; only a GPU pages, so its buffers are marked here."""
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    made = []
+
+    def optimizer():
+        parameter = torch.nn.Parameter(torch.ones(128, 128))
+        one = PagedAdamW8bit([parameter], lr=0.1)
+        parameter.grad = torch.full_like(parameter, 0.5)
+        buffers = one.get_state_buffer
+
+        def watched(p, dtype=torch.float32):
+            made.append(buffers(p, dtype))
+            return made[-1]
+
+        one.get_state_buffer = watched
+        one.step()
+        return parameter, one
+
+    with warnings.catch_warnings(action="ignore"):  # that a CPU does not
+        (parameter, saved), (_, loaded) = optimizer(), optimizer()
+    loaded.load_state_dict(saved.state_dict())
+    made.clear()
+    page_again(loaded)
+    (state,) = loaded.state.values()
+    assert {id(state["state1"]), id(state["state2"])} == {id(buffer) for buffer in made}
+    for name in ("state1", "state2"):
+        assert torch.equal(state[name], saved.state[parameter][name])
+        assert state[name].dtype == torch.uint8
