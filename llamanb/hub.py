@@ -151,7 +151,8 @@ def _download(model: str, revision: str, weights: bool) -> Path:
         raise ModelError(
             f"{model} is not a complete checkpoint",
             f"it has no {' or no '.join(missing)}",
-            "choose a checkpoint with config.json, tokenizer.json and *.safetensors",
+            "choose a checkpoint with config.json, tokenizer.json and *.safetensors (other formats of weights can run "
+            "code when they are read, so they are not)",
         )
     return folder
 
@@ -162,12 +163,6 @@ def _check_room(model: str, revision: str) -> None:
 
     files = HfApi().model_info(model, revision=revision, files_metadata=True).siblings
     sizes = [f.size or 0 for f in files if f.rfilename.endswith(".safetensors") and "/" not in f.rfilename]
-    if not sizes:
-        raise ModelError(
-            f"{model} has no *.safetensors",
-            "other formats of weights can run code when they are read, so they are not",
-            "choose a checkpoint with safetensors",
-        )
     home = Path(constants.HF_HUB_CACHE)
     home.mkdir(parents=True, exist_ok=True)
     need, free = sum(sizes), shutil.disk_usage(home).free

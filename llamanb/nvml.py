@@ -56,23 +56,20 @@ def nvml_handles(nvml: Any) -> list[Any]:
 
 
 def only_gpu(nvml: Any, environ: Mapping[str, str] = os.environ) -> Any:
-    """NVML's handle of the one GPU that a new process would see; None when there are several, none, or no telling.
+    """NVML's handle of the GPU that a new process would use; None when there is none, or no telling which.
 
     CUDA_VISIBLE_DEVICES may name numbers or the beginnings of UUIDs. Numbers among several GPUs count only in bus
     order (CUDA_DEVICE_ORDER=PCI_BUS_ID), which is NVML's. A GPU cut into slices (MIG) does not count.
     """
-    handles = nvml_handles(nvml)
+    handles, entry = nvml_handles(nvml), environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
     if None in handles:
         return None
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        entry = visible.strip()
-        if entry.startswith("GPU-"):
-            handles = [handle for handle in handles if (gpu_uuid(nvml, handle) or "").startswith(entry)]
-        elif entry.isdecimal() and (len(handles) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"):
-            handles = handles[int(entry) : int(entry) + 1]
-        else:
-            return None
+    if entry.startswith("GPU-"):
+        handles = [handle for handle in handles if (gpu_uuid(nvml, handle) or "").startswith(entry)]
+    elif entry.isdecimal() and (len(handles) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"):
+        handles = handles[int(entry) : int(entry) + 1]
+    else:
+        return None
     if len(handles) != 1:
         return None
     mode = ask(getattr(nvml, "nvmlDeviceGetMigMode", None), handles[0])

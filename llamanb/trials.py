@@ -220,14 +220,8 @@ def measure_rates(dtype: str, device: str, *, free_gib: float, seconds: float = 
 
     def launches() -> float:
         number = torch.zeros(1, device=device)
-        rounds = []
-        for _ in range(6):
-            torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            for _ in range(500):  # fewer than the GPU's queue holds: the last one waits for none before it
-                number.add_(1)
-            rounds.append((time.perf_counter() - start) / 500)
-        return min(rounds[1:]) * 1e6
+        # 500 at once are fewer than the GPU's queue holds: the last one waits for none before it
+        return 1e6 * _seconds_per_call(lambda: number.add_(1), device, seconds / 4, burst=500)
 
     def tried(trial: Callable[[], float]) -> float | None:
         try:

@@ -75,21 +75,18 @@ def load_data(recipe: Recipe) -> TrainingData:
     Raises DataError listing the rows (place, column, reason) that cannot be trained on, unless the recipe skips or
     truncates them; ModelError or a Hub error when the checkpoint's tokenizer cannot be had.
     """
-    given, held_from, found, bad = _examples(recipe)
+    given, held_from, found, skipped = _examples(recipe)
     tokenizer = load_tokenizer(hub.checkpoint_folder(recipe.model, recipe.revision, weights=False))
     encoder = Encoder(tokenizer, recipe.max_length, everything=recipe.loss_on == "everything")
-    skipped, too_long, longest = list(bad), [], 0
-    encoded: list[tuple[Example, Encoded]] = []
-    trained = None
-    for i, example in enumerate(given):
-        if i == held_from:
-            trained = len(encoded)  # the rows from here on come held out
+    encoded: list[tuple[int, Example, Encoded]] = []
+    too_long, longest = [], 0
+    for number, example in enumerate(given):
         try:
-            encoded.append((example, encoder.encode(example)))
+            encoded.append((number, example, encoder.encode(example)))
         except TooLong as error:
             longest = max(longest, error.tokens)
             if recipe.long_rows == "truncate" and error.truncated:
-                encoded.append((example, error.truncated))
+                encoded.append((number, example, error.truncated))
             else:
                 too_long.append(error.at(example.place))
         except BadRow as error:
@@ -106,15 +103,17 @@ def load_data(recipe: Recipe) -> TrainingData:
             f"{len(skipped) + len(too_long)} rows were skipped: {(skipped + too_long)[0]}",
             "correct the rows, or set a larger max_length",
         )
-    trained = len(encoded) if trained is None else trained
-    held = set(range(trained, len(encoded))) if held_from is not None else _held_out([e for e, _ in encoded], recipe)
+    if held_from is None:
+        held = _held_out([example for _, example, _ in encoded], recipe)
+    else:
+        held = {i for i, (number, _, _) in enumerate(encoded) if number >= held_from}
     return TrainingData(
         source=recipe.dataset,
         format=found,
         tokenizer=tokenizer,
-        train=[row for i, (_, row) in enumerate(encoded) if i not in held],
-        held_out=[encoded[i][1] for i in sorted(held)],
-        held_out_examples=[encoded[i][0] for i in sorted(held)],
+        train=[row for i, (_, _, row) in enumerate(encoded) if i not in held],
+        held_out=[encoded[i][2] for i in sorted(held)],
+        held_out_examples=[encoded[i][1] for i in sorted(held)],
         skipped=skipped + too_long,
     )
 
@@ -137,10 +136,9 @@ def _examples(recipe: Recipe) -> tuple[list[Example], int | None, str, list[str]
     """Examples, from which of them on they come held out (None: they are still to be split), the format's name, and a
     line for each row that is none."""
     if recipe.dataset == "tiny":  # its held-out rows are about people no training row names
-        held, bad = _numbered(tiny.rows("eval")[: recipe.eval_rows]), []
-        rows = _numbered(tiny.rows("train"))
+        rows, bad = _numbered(tiny.rows("train")), []
         held_from = len(rows)
-        rows += held
+        rows += _numbered(tiny.rows("eval")[: recipe.eval_rows])
     else:
         (rows, bad), held_from = read_rows(recipe.dataset, recipe.dataset_split), None
     row_format = detect(rows, recipe.dataset) if rows else None

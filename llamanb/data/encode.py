@@ -154,10 +154,8 @@ class Encoder:
                     if said not in after[len(before) :]:
                         raise BadRow(column, f"the chat template leaves {said[:40]!r} of turn {i + 1} out")
                 spans.append((len(before), len(after)))
-        except jinja2.TemplateError as error:
-            raise BadRow(column, f"the chat template refuses it: {error}") from None
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise BadRow(column, f"the chat template cannot render it: {type(error).__name__}: {error}") from None
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise BadRow(column, f"the chat template refuses it: {type(error).__name__}: {error}") from None
         return text, spans
 
 

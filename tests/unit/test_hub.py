@@ -27,16 +27,18 @@ ANSWERS = {  # repository: (status, X-Error-Code, X-Error-Message)
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """Refuses as the Hub does, and gives out one model, `owner/good`, and one too large for any disk."""
+    """Refuses as the Hub does, and gives out one model, `owner/good`, one too large for any disk, and one pickled."""
 
     def do_GET(self):
         path = self.path.split("?")[0]
         for name, (status, code, message) in ANSWERS.items():
             if name in path:
                 return self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
-        for name, size in (("owner/good", 3), ("owner/huge", 10**18)):
+        weights = {"owner/good": ("model.safetensors", 3), "owner/huge": ("model.safetensors", 10**18)}
+        weights["owner/pickled"] = ("pytorch_model.bin", 3)
+        for name, (file, size) in weights.items():
             if f"/api/models/{name}" in path:
-                sizes = {"config.json": 10, "tokenizer.json": 3, "model.safetensors": size}
+                sizes = {"config.json": 10, "tokenizer.json": 3, file: size}
                 files = [{"rfilename": n, "size": s} for n, s in sizes.items()]
                 entries = [{"type": "file", "path": f["rfilename"], "size": f["size"], "oid": "0" * 40} for f in files]
                 info = {"id": name, "sha": "a" * 40, "siblings": files}
@@ -163,6 +165,14 @@ def test_a_download_larger_than_the_disk_is_not_begun(endpoint, tmp_path):
     assert said.startswith("DiskFullError")
     assert "1000000000.0 GB to download" in said
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_weights_that_could_run_code_are_left_where_they_are(endpoint, tmp_path):
+    said = ask("owner/pickled", endpoint, tmp_path, weights=True)
+    assert said.startswith("ModelError owner/pickled is not a complete checkpoint")
+    assert "it has no *.safetensors" in said
+    assert "other formats of weights can run code" in said
+    assert not list(tmp_path.rglob("*.bin"))
 
 
 def test_full_disk_while_fetching():
