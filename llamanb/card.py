@@ -33,7 +33,7 @@ KERNELS_LATER_GIB = 0.14
 """Free memory that kernels loaded later still take, outside torch's allocator: from 0.60 GiB after the first tensor to
 0.73 at the end of a QLoRA step on an H200. Smaller cards take less."""
 
-FIGURES = {
+NUMBERS = {
     "vram_gib": ("GiB", ""),
     "free_gib": ("GiB", ""),
     "context_gib": ("GiB", "outside torch's allocator"),
@@ -143,7 +143,7 @@ class Card:
     def __post_init__(self):
         for field in ("attention", "attention_gqa"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field, (unit, _) in FIGURES.items():
+        for field, (unit, _) in NUMBERS.items():
             value = getattr(self, field)
             if value is None and field != "vram_gib":
                 continue
@@ -282,19 +282,14 @@ class Card:
 
     def table(self) -> Table:
         """Its facts, one a row."""
-        precision = self.choose_precision()
-        rows = [["computes in", f"{precision.dtype}: {precision.reason}"]]
+        precision, rows = self.choose_precision(), []
         if self.is_gpu:
-            rows = [
-                ["compute capability", dotted(self.capability)],
-                ["memory", f"{self.vram_gib:.2f} GiB, {self.free_gib:.2f} GiB free"],
-                *rows,
-            ]
-        rows += [
-            ["attention", ", ".join(self.attention) or "not tried"],
-            ["attention, grouped heads", ", ".join(self.attention_gqa) or "not tried"],
-        ]
-        for field, (unit, label) in FIGURES.items():
+            rows.append(["compute capability", dotted(self.capability)])
+            rows.append(["memory", f"{self.vram_gib:.2f} GiB, {self.free_gib:.2f} GiB free"])
+        rows.append(["computes in", f"{precision.dtype}: {precision.reason}"])
+        for label, kernels in (("attention", self.attention), ("attention, grouped heads", self.attention_gqa)):
+            rows.append([label, ", ".join(kernels) or "not tried"])
+        for field, (unit, label) in NUMBERS.items():
             if label and (value := getattr(self, field)) is not None:
                 rows.append([label, f"{value:.3g} {unit}"])
         rows += [["figures from", self.source]] if self.source else []

@@ -150,8 +150,8 @@ def _versions(nvml: Any) -> dict[str, str]:
     return {"torch": version("torch").installed or "", "driver": str(driver or "")}
 
 
-def keep(card: Card, key: str, nvml: Any = None) -> Path | None:
-    """Writes a measured card whole or not at all; warns and returns None where that cannot be."""
+def keep(card: Card, key: str, nvml: Any = None) -> None:
+    """Writes a measured card whole or not at all; warns where that cannot be."""
     path = _file(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,8 +160,6 @@ def keep(card: Card, key: str, nvml: Any = None) -> Path | None:
         new.replace(path)
     except OSError as error:
         warnings.warn(f"the measurement of {card.name} could not be kept in {path.parent}: {error}", stacklevel=2)
-        return None
-    return path
 
 
 def kept(key: str | None, nvml: Any = None) -> Card | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -200,10 +201,8 @@ def _calls(calls: object, turn: str, column: str) -> list[dict]:
             raise BadRow(column, f"{turn} has a tool call without a function name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            try:
+            with contextlib.suppress(ValueError):
                 arguments = json.loads(arguments or "{}")
-            except ValueError:
-                arguments = None
         if not isinstance(arguments, dict):
             raise BadRow(column, f"{turn} calls {function['name']!r} with arguments that are no JSON object")
         read.append({"type": "function", "function": {**function, "arguments": arguments}})

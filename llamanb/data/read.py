@@ -61,15 +61,10 @@ def read_rows(source: str, split: str = "train") -> tuple[list[Row], list[str]]:
         rows = _parse(_file_bytes(Path(source)), source)
     else:
         rows = _hub_rows(source, split)
-    good, bad = [], []
-    for row in rows:
-        if isinstance(row.values, BadRow):
-            bad.append(row.values.at(row.place))
-        else:
-            good.append(row)
-    if not good and not bad:
+    if not rows:
         raise DataError(f"{source} has no rows", "the file is empty", "give a file with at least two rows")
-    return good, bad
+    bad = [row.values.at(row.place) for row in rows if isinstance(row.values, BadRow)]
+    return [row for row in rows if not isinstance(row.values, BadRow)], bad
 
 
 def _file_bytes(path: Path) -> bytes:
@@ -108,7 +103,7 @@ def _download(address: str) -> bytes:
         ) from None
 
 
-def _parse(content: bytes, source: str) -> Iterable[Row]:
+def _parse(content: bytes, source: str) -> list[Row]:
     suffix = Path(source.split("?")[0]).suffix.lower()
     if suffix == ".parquet":
         return _parquet(content, source)
@@ -226,10 +221,9 @@ def _csv(text: str, source: str) -> list[Row]:
             if not cells:
                 continue
             place = f"row {len(rows) + 1} (line {reader.line_num})"
-            if len(cells) == len(header):
-                rows.append(Row(place, dict(zip(header, cells, strict=True))))
-            else:
-                rows.append(Row(place, BadRow(None, f"has {len(cells)} cells under {len(header)} column names")))
+            wrong = BadRow(None, f"has {len(cells)} cells under {len(header)} column names")
+            fits = len(cells) == len(header)
+            rows.append(Row(place, dict(zip(header, cells, strict=True)) if fits else wrong))
     except csv.Error as error:
         raise DataError(
             f"{source}, line {reader.line_num}: not CSV",

@@ -47,12 +47,9 @@ def read_requirements(path: Path) -> list[Requirement]:
 def read_installed() -> Installed:
     """What this Python would import; the checkout's own build leftovers do not count."""
     importlib.invalidate_caches()
-    found: Installed = {}
-    for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name and Path(distribution.locate_file("")).resolve() != ROOT:
-            found.setdefault(canonicalize_name(name), distribution.version)
-    return found
+    found = [one for one in metadata.distributions() if Path(one.locate_file("")).resolve() != ROOT]
+    named = [(one.metadata["Name"], one.version) for one in reversed(found)]  # of two, the first one is imported
+    return {canonicalize_name(name): version for name, version in named if name}
 
 
 def unmet(requirements: Iterable[Requirement], installed: Installed) -> list[str]:

@@ -6,6 +6,7 @@ with an error that names neither. Needs the standard library only. docs/decision
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import warnings
@@ -55,10 +56,9 @@ def version(package: str, module: str = "") -> Version:
     with warnings.catch_warnings():  # some packages deprecate `__version__`
         warnings.simplefilter("ignore")
         told = getattr(found, "__version__", None)
-    try:
+    installed = None
+    with contextlib.suppress(metadata.PackageNotFoundError):
         installed = metadata.version(package)
-    except metadata.PackageNotFoundError:
-        installed = None
     loaded = str(told or ("yes" if found else "not yet"))
     return Version(package, loaded, installed, bool(told) and not _same_version(loaded, installed or ""))
 
@@ -92,8 +92,7 @@ def check_loaded() -> None:
 
 
 def _watched() -> list[str]:
-    try:
+    requirements = []
+    with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that was never installed replaced nothing
         requirements = metadata.requires("llamanb") or []
-    except metadata.PackageNotFoundError:  # a checkout that was never installed has had nothing replaced by its setup
-        requirements = []
     return [*(re.match(r"[\w.-]+", line)[0] for line in requirements if "extra ==" not in line), "torchao"]

@@ -8,6 +8,7 @@ and architectures: docs/decisions/0001-dependencies.md.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -158,11 +159,9 @@ def answers(url: str, timeout_s: float = 3) -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # no route, no name, a refusal, a broken proxy setting
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_s).close()
-        except (OSError, ValueError):  # no route, no name, a refusal, a broken proxy setting
-            return
-        answered.set()
+            answered.set()
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

@@ -163,12 +163,8 @@ class RecipeForm:
         if values["dataset"] != start.dataset:
             gone |= {"dataset_split": start.dataset_split}
             gone |= SQUAD if start.dataset == SQUAD["dataset"] else {}
-        own = Recipe()
-        return {
-            name: getattr(own, name)
-            for name, value in gone.items()
-            if name not in FIELDS and getattr(start, name) == value
-        }
+        own, left = Recipe(), [name for name, value in gone.items() if getattr(start, name) == value]
+        return {name: getattr(own, name) for name in left if name not in FIELDS}
 
     def _show(self, change=None) -> None:
         with self._showing:  # an answer of the Hub comes in a thread
