@@ -265,6 +265,7 @@ def _plan_on_cpu(recipe: Recipe, card: Card, model: Architecture, data) -> Plan:
             "micro_batch_size": "as asked" if recipe.micro_batch_size else f"at most {CPU_TOKENS} tokens at once",
             "layers": "as asked" if recipe.checkpointing != "auto" else "a CPU has the memory, and saves the time",
             "attention": "runs on every CPU",
+            "fused": "what they save is a GPU's time and memory",
             "optimizer": why_optimizer,
         },
         length=length,

@@ -23,15 +23,23 @@ from llamanb.watch.instants import Instants
 CPU = Card("CPU", None)
 
 
+class Moment(float):
+    """Seconds, asked as a CUDA event is."""
+
+    def elapsed_time(self, later: float) -> float:
+        return 1000 * (later - self)
+
+
 class Meter:
-    """torch's counters of allocated and reserved memory, and a clock."""
+    """torch's counters of allocated and reserved memory, and a clock that the GPU's events read."""
 
     def __init__(self, monkeypatch):
         self.now = self.peak = self.reserved = 0
         self.clock_s, self.resets = 0.0, 0
         monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", self.stats)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
-        monkeypatch.setattr("llamanb.watch.instants.time.perf_counter", lambda: self.clock_s)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr("llamanb.watch.instants._now", lambda gpu: Moment(self.clock_s))
 
     def stats(self, *args):
         peaks = {"allocated_bytes": self.peak, "reserved_bytes": self.reserved}
@@ -197,13 +205,13 @@ def test_what_a_loss_raises_comes_through(meter):
     instants.attach(trainer)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.compute_loss()
-    assert instants.losses_s == []
+    assert not instants._losses
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_times_tell_micro_batches_from_the_optimizer(meter, accumulation):
     instants = trained(Instants(), meter, 4, accumulation)
-    assert len(instants.losses_s) == 4 * accumulation
+    assert len(instants._losses) == 4 * accumulation
     assert instants.times(accumulation) == pytest.approx((3.0, 0.5))
 
 
@@ -215,31 +223,31 @@ def test_times_without_accumulation_are_of_whole_steps(meter):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_times_are_medians_without_the_first_step(accumulation):
-    instants = Instants()
-    at, now = [], 0.0
+    instants, now = Instants(gpu=False), 0.0
     for i in range(10 * accumulation):
-        at.append(now)
+        instants._losses.append(now)
         now += 100.0 if i < accumulation else 30.0 if i == 5 * accumulation else 2.0
-    instants.losses_s = at
     assert instants.times(accumulation) == pytest.approx((2.0, 0.0))
 
 
 def test_a_faster_boundary_is_no_negative_optimizer():
-    instants = Instants()
-    instants.losses_s = [0.0, 9.0, 18.0, 20.0, 21.0, 23.0, 24.0]
+    instants = Instants(gpu=False)
+    instants._losses.extend([0.0, 9.0, 18.0, 20.0, 21.0, 23.0, 24.0])
     assert instants.times(2) == pytest.approx((2.0, 0.0))
 
 
 def test_two_steps_are_enough_for_a_time(meter):
     assert trained(Instants(), meter, 2, 2).times(2) == pytest.approx((3.0, 0.0))
-    assert Instants.times(SimpleNamespace(losses_s=[1.0, 3.0]), 1) == (2.0, 0.0)
+    instants = Instants(gpu=False)
+    instants._losses.extend([1.0, 3.0])
+    assert instants.times(1) == (2.0, 0.0)
 
 
 @pytest.fixture
 def train(mini, tmp_path):
     """`train(instants, accumulation)`: four real steps; their losses and gradients, and the model."""
 
-    def trained(instants, accumulation, **fields):
+    def trained(instants, accumulation, fused=False, **fields):
         recipe = Recipe(
             model=str(mini),
             dataset="random",
@@ -252,13 +260,14 @@ def train(mini, tmp_path):
             rank=4,
             **fields,
         )
-        made, tokenizer = plan(recipe, CPU), load_tokenizer(mini)
+        made, tokenizer = plan(recipe, CPU).replace(fused=fused), load_tokenizer(mini)
         rows = random_rows(len(tokenizer), made.length, 2, 8 * accumulation)
         torch.manual_seed(0)
         model = load_model(made, tokenizer)
         model = attach_adapters(model, recipe) if recipe.adapters else model
         data = TrainingData("random", "token ids", tokenizer, rows, [], [], [])
         trainer = build_trainer(made, model, data, tmp_path, [])
+        assert bool(trainer.fused) == fused
         if instants:
             instants.attach(trainer)
         trainer.train()
@@ -267,13 +276,13 @@ def train(mini, tmp_path):
     return trained
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_losses_are_the_same_with_it_and_without(train, meter, accumulation):
+@pytest.mark.parametrize(("accumulation", "fused"), [(1, False), (2, False), (2, True)])
+def test_losses_are_the_same_with_it_and_without(train, meter, accumulation, fused):
     instants = Instants(Timeline("test"))
-    (alone, _), (watched, _) = train(None, accumulation), train(instants, accumulation)
+    (alone, _), (watched, _) = train(None, accumulation, fused), train(instants, accumulation, fused)
     assert len(alone) == 4
     assert watched == alone
-    assert len(instants.losses_s) == 4 * accumulation
+    assert len(instants._losses) == 4 * accumulation
 
 
 class Told(Timeline):
@@ -285,7 +294,10 @@ class Told(Timeline):
         super().__setattr__(name, value)
 
 
-@pytest.mark.parametrize("fields", [{"method": "lora"}, {"method": "full"}, {"method": "lora", "checkpointing": "all"}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"method": "lora"}, {"method": "full"}, {"method": "lora", "checkpointing": "all"}, {"fused": True}],
+)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_real_training_goes_through_its_parts_in_order(train, accumulation, fields):
     timeline = Told("test")

@@ -35,14 +35,17 @@ def test_the_table_has_every_choice_with_its_reason(made):
         "optimizer step",
         "activations",
         "attention",
+        "layers",
         "optimizer",
         "memory",
         "time",
         "predicted from",
     ]
     assert cells["optimizer step"][0] == f"{made.accumulation} × {made.micro_batch_size} rows of up to 1024 tokens"
-    assert f"{made.recomputed} layers recomputed" in cells["activations"][0]
-    assert f"{32 - made.recomputed} layers kept" in cells["activations"][0]
+    assert 0 < made.recomputed < 32
+    assert f"{made.recomputed} layers kept but for the MLP's, which are recomputed" in cells["activations"][0]
+    assert f"{32 - made.recomputed} layers kept for the backward pass" in cells["activations"][0]
+    assert cells["layers"][0] == "fused"
     assert cells["memory"][0] == f"{made.needs_gib:.2f} of {made.limit_gib:.2f} GiB"
     assert made.memory.instant in cells["memory"][1]
     assert cells["time"][1].endswith("for 100 steps")
@@ -65,7 +68,7 @@ def test_a_card_of_unknown_context_has_none_in_the_bar(made):
 
 def test_other_layouts_are_listed_with_why_they_were_not_taken(made):
     rows = made.others().rows
-    assert [row[0] for row in rows] == [16, 8, 4, 2]
+    assert [row[0] for row in rows] == [n for n in (16, 8, 4, 2, 1) if n != made.micro_batch_size]
     assert all("slower" in row[-1] or "GiB more" in row[-1] for row in rows)
     assert made.replace(alternatives=()).others() is None
 
@@ -82,6 +85,8 @@ def test_a_plan_for_a_cpu_has_no_predictions():
     assert (made.needs_gib, made.step_s, made.fits) == (None, None, True)
     assert made._repr_html_() == made.table()._repr_html_()
     assert "kept for the backward pass" in str(made)
+    assert not made.fused
+    assert "as transformers and peft have them" in str(made)
 
 
 def test_time_is_counted_for_the_run_or_for_a_thousand_rows(made):

@@ -202,11 +202,17 @@ def test_sft_trainer_narrows_adapters_and_we_widen_them(recipe, tmp_path, monkey
 def test_labels_reach_the_loss_as_they_were_made(recipe, tmp_path, monkeypatch):
     trainer, _ = _trainer(recipe, tmp_path, CPU, monkeypatch)
     data = load_data(recipe())
-    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
-    trained = (batch["labels"] != -100).sum(1).tolist()
-    assert trained == [row.trained_tokens for row in data.train[:2]]
-    assert (batch["input_ids"][batch["attention_mask"] == 0] == data.tokenizer.pad_token_id).all()
-    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    numbers = sorted(range(len(data.train)), key=lambda i: len(data.train[i].input_ids))[::9]  # short and long
+    step = trainer.data_collator([trainer.train_dataset[i] for i in numbers])
+    rows = [data.train[i] for i in numbers]
+    assert step["lengths"] == [len(row.input_ids) for row in rows]
+    trained = [int((labels != -100).sum()) for labels in step["labels"].split(step["lengths"])]
+    assert trained == [row.trained_tokens for row in rows]
+    [batch] = trainer._micro_batches(step)
+    padding = batch["attention_mask"] == 0
+    assert padding.any()
+    assert (batch["input_ids"][padding] == data.tokenizer.pad_token_id).all()
+    assert (batch["labels"][padding] == -100).all()
 
 
 def test_score_is_the_mean_over_trained_tokens(recipe):
