@@ -9,6 +9,13 @@ MIB = 2**20
 T4_UUID = "11111111-2222-3333-4444-555555555555"
 
 
+class Moment(float):
+    """Seconds, asked as a CUDA event is."""
+
+    def elapsed_time(self, later: float) -> float:
+        return 1000 * (later - self)
+
+
 class FakeTorch:
     """As much of torch as a card needs: one T4 unless told otherwise."""
 

@@ -19,15 +19,9 @@ from llamanb.tape.workload import ADAPTERS, BUCKETS, GRADIENTS, OPTIMIZER
 from llamanb.timeline import Timeline
 from llamanb.training.trainer import build_trainer
 from llamanb.watch.instants import Instants
+from tests.unit.fake_gpu import Moment
 
 CPU = Card("CPU", None)
-
-
-class Moment(float):
-    """Seconds, asked as a CUDA event is."""
-
-    def elapsed_time(self, later: float) -> float:
-        return 1000 * (later - self)
 
 
 class Meter:

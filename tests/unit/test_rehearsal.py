@@ -2,6 +2,7 @@
 real trial runs on the CPU."""
 
 import gc
+import math
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,10 +18,12 @@ from llamanb.errors import GpuError
 from llamanb.layout import GIB
 from llamanb.memory import SEEN, predict
 from llamanb.model import attach_adapters, load_model
-from llamanb.planner import MARGIN_REHEARSED, DoesNotFitError, search, workload
+from llamanb.planner import MARGIN_REHEARSED, DoesNotFitError, search, workload_of
 from llamanb.rehearsal import _Trial, random_rows, rehearse
-from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED
+from llamanb.search import recomputed_steps, ways
+from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
 from llamanb.training.trainer import build_trainer, let_go
+from tests.unit.fake_gpu import Moment
 
 EIGHT, ONE = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
 CPU = Card("CPU", None)
@@ -28,7 +31,7 @@ MIB = 2**20
 NOTHING = dict.fromkeys(SEEN, 0)
 
 
-def planned(name=EIGHT, rows=2, card="T4", accumulation=4, force=False, **fields):
+def planned(name=EIGHT, rows=4, card="T4", accumulation=4, force=False, **fields):
     """A plan for a card of the table, and its workload."""
     recipe = Recipe(
         model=name,
@@ -42,17 +45,7 @@ def planned(name=EIGHT, rows=2, card="T4", accumulation=4, force=False, **fields
 
 
 def work_of(made):
-    return workload(
-        made.recipe,
-        made.card,
-        architecture(made.recipe.model),
-        dtype=made.dtype,
-        kernel=made.kernel,
-        optimizer=made.optimizer,
-        length=made.length,
-        rows=made.micro_batch_size,
-        layers=made.layers,
-    )
+    return workload_of(made, architecture(made.recipe.model))
 
 
 def trial(work, layers, *, constant=NOTHING, each=NOTHING, beyond=0, micro_s=0.1, optimizer_s=0.02):
@@ -85,23 +78,31 @@ def counted(layers):
     return {kind: layers.count(kind) for kind in sorted(set(layers))}
 
 
-def test_mixed_plans_are_tried_with_more_of_each_kind():
-    made, work = planned()
-    assert set(counted(made.layers)) == {CHECKPOINTED, STORED}
+KINDS = [({}, (CHECKPOINTED, HALVED, STORED)), ({"dropout": 0.1}, (CHECKPOINTED, STORED))]
+"""Fields of a recipe, and the kinds of layers that its plan may have: fused layers can be halved."""
+
+
+@pytest.mark.parametrize(("fields", "kinds"), KINDS)
+def test_mixed_plans_are_tried_with_more_of_each_kind(fields, kinds):
+    made, work = planned(**fields)
+    assert len(set(made.layers)) == 2
+    assert set(made.layers) < {*kinds, HALVED}
     base, *deeper = layouts(made, work)
-    assert set(base) == {CHECKPOINTED, STORED}
-    assert base.count(CHECKPOINTED) == base.count(STORED)
-    assert len(deeper) == 2
-    for layers, kind, other in zip(deeper, (CHECKPOINTED, STORED), (STORED, CHECKPOINTED), strict=True):
+    assert set(base) == set(kinds)
+    assert len({base.count(kind) for kind in kinds}) == 1
+    assert len(deeper) == len(kinds)
+    for layers, kind in zip(deeper, kinds, strict=True):
         assert layers.count(kind) > base.count(kind)
-        assert layers.count(other) == base.count(other)
-    assert all(list(layers) == sorted(layers) for layers in (base, *deeper)), "recomputed ones first, as in a plan"
+        assert all(layers.count(other) == base.count(other) for other in kinds if other != kind)
+    as_in_a_plan = [sorted(layers, key=kinds.index) for layers in (base, *deeper)]
+    assert [list(layers) for layers in (base, *deeper)] == as_in_a_plan, "what is recomputed most comes first"
 
 
-def test_a_plan_that_keeps_every_layer_is_tried_with_recomputed_ones_too():
-    made, work = planned(ONE, rows=1)
+@pytest.mark.parametrize(("fields", "kinds"), KINDS)
+def test_a_plan_that_keeps_every_layer_is_tried_with_recomputed_ones_too(fields, kinds):
+    made, work = planned(ONE, rows=1, **fields)
     assert set(made.layers) == {STORED}
-    assert all(set(layers) == {CHECKPOINTED, STORED} for layers in layouts(made, work)), "some may have to be"
+    assert all(set(layers) == set(kinds) for layers in layouts(made, work)), "some may have to be"
 
 
 def test_a_plan_that_trials_show_not_to_fit_is_refused(gpu, monkeypatch):
@@ -126,8 +127,9 @@ def test_layers_as_asked_are_tried_alone(wanted, kind):
 
 def test_automatic_plans_try_what_they_could_keep_too():
     made, _ = planned(ONE, rows=8)
-    every = made.replace(layers=(CHECKPOINTED,) * len(made.layers))
-    assert set(layouts(every, work_of(every))[0]) == {CHECKPOINTED, STORED}
+    for kind in (CHECKPOINTED, HALVED):
+        every = made.replace(layers=(kind,) * len(made.layers))
+        assert set(layouts(every, work_of(every))[0]) == {CHECKPOINTED, HALVED, STORED}
     waiting = made.replace(layers=(OFFLOADED,) * len(made.layers))
     assert set(layouts(waiting, work_of(waiting))[0]) == {OFFLOADED}, "where nothing else fits"
 
@@ -192,9 +194,11 @@ def test_the_bar_adds_up_to_what_was_rehearsed():
     assert after.buckets["weights"] == predict(work).buckets["weights"]
 
 
-def test_each_kind_of_layer_is_carried_by_itself():
+@pytest.mark.parametrize("step", [10, 32, 50])
+def test_each_kind_of_layer_is_carried_by_itself(step):
     made, work = planned()
-    each = {part: {CHECKPOINTED: 3 * MIB, STORED: 7 * MIB} for part in SEEN}
+    work = work.replace(layers=ways(len(work.layers), fused=True)[step])
+    each = {part: {CHECKPOINTED: 3 * MIB, HALVED: 5 * MIB, STORED: 7 * MIB} for part in SEEN}
     trials = [trial(work, layers, constant=dict.fromkeys(SEEN, 11 * MIB), each=each) for layers in layouts(made, work)]
     before, after = predict(work), rehearsal._memory(work, trials)
     expected = 11 * MIB + missed(each["forward"], work.layers)
@@ -235,7 +239,7 @@ def test_time_is_carried_linearly():
 
 def test_time_knows_what_each_kind_costs():
     made, work = planned()
-    seconds = {CHECKPOINTED: 0.04, STORED: 0.03}
+    seconds = {CHECKPOINTED: 0.04, HALVED: 0.035, STORED: 0.03}
     trials = [
         trial(work, one, micro_s=0.2 + missed(seconds, one), optimizer_s=0.05 + 0.001 * len(one))
         for one in layouts(made, work)
@@ -245,15 +249,17 @@ def test_time_knows_what_each_kind_costs():
     assert again.step_s == pytest.approx(made.accumulation * micro + 0.05 + 0.001 * len(again.layers))
 
 
-def test_more_layers_are_kept_where_the_margin_allows_it():
-    made, work = planned()
-    assert 0 < made.recomputed < len(made.layers)
+@pytest.mark.parametrize("fields", [{}, {"dropout": 0.1}, {"max_length": 3072}])
+def test_more_is_kept_where_the_margin_allows_it(fields):
+    made, work = planned(**fields)
+    assert made.recomputed > 0
     again = rehearsal._corrected(made, work, [trial(work, layers) for layers in layouts(made, work)])
     limit = made.card.free_gib * (1 - MARGIN_REHEARSED)
-    assert again.recomputed < made.recomputed
+    step = recomputed_steps(work_of(again))
+    assert step < recomputed_steps(work)
     assert made.needs_gib < again.needs_gib <= limit
-    one_fewer = (*again.layers[1:], STORED)
-    assert predict(work.replace(layers=one_fewer)).reserved / GIB > limit
+    one_less = ways(len(work.layers), fused=work.fused)[step - 1]
+    assert predict(work.replace(layers=one_less)).reserved / GIB > limit
 
 
 def test_what_was_missed_costs_kept_layers():
@@ -359,7 +365,8 @@ def test_rows_are_full_and_need_a_mask():
 
 @pytest.fixture
 def counters(monkeypatch):
-    """torch's counters of a GPU that holds 1000 bytes of others, at most 5000 allocated and 9000 reserved."""
+    """torch's counters of a GPU that holds 1000 bytes of others, at most 5000 allocated and 9000 reserved; the loss of
+    a micro-batch comes a second after the one before. Returns those moments."""
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *args: 1000)
     peaks = {"allocated_bytes": 5000, "reserved_bytes": 9000}
     stats = {name: {"all": {"peak": peak}} for name, peak in peaks.items()}
@@ -367,10 +374,20 @@ def counters(monkeypatch):
     for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     monkeypatch.setattr(rehearsal, "_make_workspaces", lambda torch: None)
+    moments = []
+
+    def now(gpu):
+        moments.append(Moment(len(moments)))
+        return moments[-1]
+
+    monkeypatch.setattr("llamanb.watch.instants._now", now)
+    return moments
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_trial_trains_that_many_layers_and_leaves_nothing(mini, counters, monkeypatch, accumulation):
+@pytest.mark.parametrize(
+    ("accumulation", "layers"), [(1, (CHECKPOINTED, STORED)), (4, (CHECKPOINTED, HALVED, STORED, STORED))]
+)
+def test_a_trial_trains_that_many_layers_and_leaves_nothing(mini, counters, monkeypatch, accumulation, layers):
     from llamanb.training import trainer as module
 
     made_trainers, build = [], module.build_trainer
@@ -378,11 +395,12 @@ def test_a_trial_trains_that_many_layers_and_leaves_nothing(mini, counters, monk
     def watched(plan, model, *rest):
         trainer = build(plan, model, *rest)
         layers = len(model.get_base_model().model.layers)
-        facts = (layers, trainer.args.max_steps, trainer.args.gradient_accumulation_steps)
+        facts = (layers, trainer.args.max_steps, bool(trainer.fused))
         made_trainers.append((facts, weakref.ref(model.get_input_embeddings().weight)))
         return trainer
 
     monkeypatch.setattr(module, "build_trainer", watched)
+    monkeypatch.setattr(rehearsal, "ENOUGH_S", math.inf)
     recipe = Recipe(
         model=str(mini),
         dataset="rows.jsonl",
@@ -393,16 +411,16 @@ def test_a_trial_trains_that_many_layers_and_leaves_nothing(mini, counters, monk
         eval_rows=0,
     )
     shape = architecture(str(mini))
-    layers = (CHECKPOINTED, CHECKPOINTED, STORED)
-    found = rehearsal._try(plan(recipe, CPU), shape, layers)
+    fused = HALVED in layers
+    found = rehearsal._try(plan(recipe, CPU).replace(fused=fused), shape, layers)
     [(facts, embedding)] = made_trainers
-    assert facts == (3, rehearsal.STEPS, min(accumulation, 2))
+    assert facts == (len(layers), rehearsal.STEPS, fused)
+    assert len(counters) == rehearsal.STEPS * min(accumulation, 2), "a loss for each micro-batch"
     assert embedding() is None, "the model is gone"
     assert found.layers == layers
     assert found.peaks == dict.fromkeys(SEEN, 4000), "what others hold is not the trial's"
     assert found.reserved == 8000
-    assert found.micro_batch_s > 0
-    assert found.optimizer_s == 0 if accumulation == 1 else found.optimizer_s >= 0
+    assert (found.micro_batch_s, found.optimizer_s) == (1.0, 0.0)
 
 
 def test_letting_go_frees_the_embedding(mini, tmp_path):
