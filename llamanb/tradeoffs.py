@@ -28,6 +28,7 @@ from pathlib import Path
 from llamanb import __version__, plots
 from llamanb.architecture import architecture
 from llamanb.card import choose_precision, gpu_in_use
+from llamanb.claims import BASELINE, CLAIMS, HALF, MUCH, NOISE, NOT_FUSED, PADDED, UNPADDED, mib
 from llamanb.data import TrainingData, load_data
 from llamanb.data.encode import IGNORE, Encoded
 from llamanb.errors import LlamanbError, RecipeError
@@ -38,19 +39,15 @@ from llamanb.planner import plan
 from llamanb.recipe import Recipe
 from llamanb.run import FINISHED, Run
 from llamanb.tape import CHECKPOINTED, STORED
-from llamanb.tape.workload import ADAPTERS, OPTIMIZER
 from llamanb.training import CHECKPOINTS, LIBRARIES, train
 from llamanb.trials import KERNELS
 
-BASELINE = "baseline"
 WITHOUT_GPU = {BASELINE, "nf4", "unquantized", "recompute all", "micro-batch 1", "micro-batch 4"}
 """What a CPU measures unless more is asked for: where there is something to see."""
 STEPS = 12
-NOISE, MUCH = 0.05, 0.10
-"""Share by which speeds must differ to count as different, and share of the peak that counts as much memory."""
 LOAD, FORWARD, *_ = SEEN
 NEEDS_GPU, NOT_MEASURED = "needs a GPU", "not measured"
-OWN_KERNELS, HALF = ("memory-efficient", "math"), " at half length"
+OWN_KERNELS = ("memory-efficient", "math")
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,17 @@ class Variant:
     """The first half of the layers is recomputed, the others are kept."""
     segments: bool = True
     """torch's expandable segments."""
+    fused: bool = True
+    """Fused layers, where the plan has them."""
+    rows: bool = False
+    """The rows as they are, instead of pieces of one length."""
 
     @property
     def needs_gpu(self) -> bool:
         """Whether it changes nothing without one."""
         asked = {self.recipe.optimizer[:5], self.recipe.checkpointing}
-        return bool(self.kernel) or not self.segments or not asked.isdisjoint({"paged", "offloaded"})
+        no_effect = bool(self.kernel) or not self.segments or not self.fused
+        return no_effect or not asked.isdisjoint({"paged", "offloaded"})
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,9 @@ class Tradeoffs:
         for name, row in self.rows.items():
             rows.append([name, *[""] * (len(memory) + 2), row.failed])
             if row.run:
-                gpu = [row.at, _mib(row.reserved_gib)] if self.gpu else []
+                gpu = [row.at, mib(row.reserved_gib)] if self.gpu else []
                 against = f"{row.speed / base.speed - 1:+.0%}" if base else ""
-                rows[-1] = [name, _mib(row.peak_gib), *gpu, f"{row.speed:,.0f}", against, f"{row.run.losses[-1]:.3f}"]
+                rows[-1] = [name, mib(row.peak_gib), *gpu, f"{row.speed:,.0f}", against, f"{row.run.losses[-1]:.3f}"]
         return Table(["variant", *memory, "tokens/s", "to baseline", "last loss, or why none"], rows, self._words())
 
     def memory(self) -> Table:
@@ -150,7 +152,7 @@ class Tradeoffs:
         measured, parts = self.measured, list(SEEN) if self.gpu else []
         buckets = list(dict.fromkeys(bucket for row in measured.values() for bucket in row.run.buckets_gib))
         seen = {name: row.run.buckets_gib | row.run.timeline.peaks_gib for name, row in measured.items()}
-        rows = [[name, *(_mib(sizes.get(what, 0.0)) for what in (*buckets, *parts))] for name, sizes in seen.items()]
+        rows = [[name, *(mib(sizes.get(what, 0.0)) for what in (*buckets, *parts))] for name, sizes in seen.items()]
         where = "GPU memory, MiB: what lasts, and the peak of each part" if self.gpu else "host memory, MiB: what lasts"
         return Table(["variant", *buckets, *(f"{part}: peak" for part in parts)], rows, where)
 
@@ -184,10 +186,13 @@ class Tradeoffs:
 def variants(recipe: Recipe) -> dict[str, Variant]:
     """What is measured, by name: the recipe, and the recipe with one thing changed each time."""
 
-    def change(kernel: str = "", half: bool = False, segments: bool = True, **fields) -> Variant:
-        return Variant(recipe.replace(**fields), kernel, half, segments)
+    def change(
+        kernel: str = "", half: bool = False, segments: bool = True, fused=True, rows=False, **fields
+    ) -> Variant:
+        return Variant(recipe.replace(**fields), kernel, half, segments, fused, rows)
 
     short = max(8, recipe.max_length // 2)
+    kernels = {"micro_batch_size": 1, "fused": False}
     return {
         BASELINE: change(),
         "nf4": change(method="qlora-nf4", double_quant=True),
@@ -200,7 +205,9 @@ def variants(recipe: Recipe) -> dict[str, Variant]:
         "recompute all": change(checkpointing="all"),
         "offload all": change(checkpointing="offloaded"),
         **{f"micro-batch {n}": change(micro_batch_size=n) for n in (1, 2, 4) if recipe.effective_batch_size % n == 0},
-        # packing comes here; it is about padding, so against rows as they are instead of pieces of one length
+        NOT_FUSED: change(fused=False),
+        UNPADDED: change(rows=True),
+        PADDED: change(rows=True, fused=False),
         **{dtype: change(precision=dtype) for dtype in ("fp32", "fp16", "bf16")},
         "fused AdamW": change(optimizer="adamw_torch_fused"),
         "8-bit AdamW": change(optimizer="adamw_8bit"),
@@ -208,8 +215,8 @@ def variants(recipe: Recipe) -> dict[str, Variant]:
         "rank times 4": change(rank=min(1024, 4 * recipe.rank)),
         "attention only": change(targets="attention"),
         "fixed segments": change(segments=False),
-        **{kernel: change(kernel, micro_batch_size=1) for kernel in OWN_KERNELS},
-        **{f"{kernel}{HALF}": change(kernel, micro_batch_size=1, max_length=short) for kernel in OWN_KERNELS},
+        **{kernel: change(kernel, **kernels) for kernel in OWN_KERNELS},
+        **{f"{kernel}{HALF}": change(kernel, max_length=short, **kernels) for kernel in OWN_KERNELS},
     }
 
 
@@ -233,7 +240,7 @@ def measure(recipe: Recipe, names: Iterable[str] | str | None = None, runs: str 
     for name in (name for name in found if name in asked):
         known = _finished(Path(runs), found[name], device)
         rows[name] = row = Row(found[name], known) if known else _run(name, found[name], Path(runs), device)
-        words = f"{_mib(row.peak_gib)} MiB{'' if row.at else ' of host memory'}" if row.run else row.failed
+        words = f"{mib(row.peak_gib)} MiB{'' if row.at else ' of host memory'}" if row.run else row.failed
         words += f", {row.speed:,.0f} tokens/s{', as measured before' if known else ''}" if row.run else ""
         print(f"{len(rows)} of {len(asked)}  {name}: {words}", flush=True)
     return Tradeoffs(rows)
@@ -288,8 +295,11 @@ def _run(name: str, variant: Variant, runs: Path, device: str) -> Row:
 
 def train_variant(variant: Variant, runs: str, name: str) -> None:
     """Trains a variant in this process, its attention kernels switched for good; its weights are not kept."""
-    recipe, data = variant.recipe, _pieces(variant.recipe)
+    recipe = variant.recipe
+    data = load_data(recipe.replace(long_rows="truncate")) if variant.rows else _pieces(recipe)
     made = plan(recipe, None, data, force=True)
+    if made.fused and not variant.fused:
+        made = made.replace(fused=False, memory=None, time=None)
     if variant.half:
         half, odd = divmod(architecture(recipe.model, recipe.revision).layers, 2)
         made = made.replace(layers=(CHECKPOINTED,) * half + (STORED,) * (half + odd), memory=None, time=None)
@@ -316,69 +326,6 @@ def _pieces(recipe: Recipe) -> TrainingData:
         if any(label != IGNORE for label in labels[1:]):
             pieces.append(Encoded(ids, labels))
     return dataclasses.replace(data, train=pieces)
-
-
-def _mib(gib: float) -> str:
-    return f"{1024 * gib:,.0f}" if gib > 0.1 else f"{1024 * gib:.1f}"
-
-
-def _faster(these: Tradeoffs, one: str, other: str) -> tuple[bool, str]:
-    ratio = these.ran(one).speed / these.ran(other).speed
-    return ratio > 1 + NOISE, f"{one} has {ratio:.2f} times the speed of {other}"
-
-
-def _takes(these: Tradeoffs, one: str, other: str, sign: int) -> tuple[bool, str]:
-    """Whether the first peaks much higher (sign 1) or much lower (-1) than the other."""
-    size, against = these.ran(one).peak_gib, these.ran(other).peak_gib
-    figures = f"{one} peaks at {_mib(size)} MiB, {other} at {_mib(against)} ({size / against - 1:+.1%})"
-    return sign * (size - against) > MUCH * against, figures
-
-
-def _pages_parameters(these: Tradeoffs) -> tuple[bool, str]:
-    """Whether paging takes more off the peak than the optimizer's states are: torch counts nothing that is paged."""
-    paged, plain = these.ran("paged 8-bit AdamW"), these.ran("8-bit AdamW")
-    gone, states, adapters = plain.peak_gib - paged.peak_gib, *map(plain.run.buckets_gib.get, (OPTIMIZER, ADAPTERS))
-    sizes = f"the optimizer's states are {_mib(states)}, adapters {_mib(adapters)}, all that lasts"
-    return gone > states + adapters / 2, f"the peak falls by {_mib(gone)} MiB; {sizes} {_mib(plain.lasting_gib)}"
-
-
-def _square(these: Tradeoffs, kernel: str, beside: str = "") -> tuple[bool, str]:
-    """Whether activations, or what a kernel adds to another's, grow faster than the length to the power of 1.5."""
-    rows = [these.ran(kernel + at) for at in (HALF, "")]
-    less = [these.ran(beside + at).activations_gib if beside else 0.0 for at in (HALF, "")]
-    small, large = (row.activations_gib - other for row, other in zip(rows, less, strict=True))
-    if min(small, large) <= 0:
-        raise LookupError("the activations are too small to be told from the rest")
-    times = rows[1].variant.recipe.max_length / rows[0].variant.recipe.max_length
-    what = f"what {kernel} adds to {beside}" if beside else f"activations, {kernel}"
-    sizes = f"{_mib(small)} MiB, and {_mib(large)} at {times:.1f} times the length"
-    return math.log(large / small, times) > 1.5, f"{what}: {sizes}, {large / small:.1f} times as much"
-
-
-def _all_needed(these: Tradeoffs) -> tuple[bool, str]:
-    every = these.ran("recompute all")
-    for name in ("keep all", "recompute half"):
-        if name in these.rows and "out of memory" in these.rows[name].failed.lower():
-            continue
-        fits = these.ran(name)
-        sizes = f"{_mib(fits.reserved_gib)} MiB reserved instead of {_mib(every.reserved_gib)}"
-        return False, f"{name} fits too: {sizes}, at {fits.speed / every.speed:.2f} times the speed"
-    return True, f"with fewer memory ran out; with all, {_mib(every.reserved_gib)} MiB are reserved"
-
-
-CLAIMS = (
-    ("int8 is faster than 4-bit", True, lambda these: _faster(these, "int8", "nf4")),
-    ("quantizing to 4 bits costs speed", False, lambda these: _faster(these, "unquantized", "nf4")),
-    ("double quantization saves much memory", True, lambda these: _takes(these, "nf4", "single quantization", -1)),
-    ("PagedAdamW moves the parameters to host memory", True, _pages_parameters),
-    ("PagedAdamW saves much memory", True, lambda these: _takes(these, "paged 8-bit AdamW", "8-bit AdamW", -1)),
-    ("activations grow with the square of the length", True, lambda these: _square(these, "memory-efficient")),
-    ("they do without a memory-efficient kernel", True, lambda these: _square(these, "math", "memory-efficient")),
-    ("gradient accumulation costs speed", False, lambda these: _faster(these, "micro-batch 4", "micro-batch 1")),
-    ("all layers must be checkpointed", True, _all_needed),
-    ("a higher rank needs much more memory", True, lambda these: _takes(these, "rank times 4", BASELINE, 1)),
-)
-"""What is said, whether it is about a GPU, and what judges it."""
 
 
 def main(asked: str, runs: str = "runs/tradeoffs", names: str | None = None) -> None:

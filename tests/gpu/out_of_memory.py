@@ -49,19 +49,18 @@ def provoke(cause: str, checkpoints: Path, rows: Path, runs: str) -> OutOfMemory
     short = {"dataset": str(rows / "64.jsonl"), "max_length": 64, "effective_batch_size": 1, "learning_rate": 1e-5}
     keep = []
     if cause == "rows":
-        made = plan(recipe.replace(checkpointing="none", micro_batch_size=8), limited(14.4), force=True)
+        made = plan(recipe.replace(checkpointing="none", micro_batch_size=8), limited(10.0), force=True)
     elif cause == "16 bits":
         made = plan(recipe.replace(model=str(checkpoints / "3b"), method="lora"), limited(3.0), force=True)
     elif cause == "full, 32-bit Adam":
         made = plan(recipe.replace(method="full", optimizer="adamw_torch_fused", **short), limited(14.4), force=True)
     elif cause == "full":
         made = plan(recipe.replace(method="full", optimizer="adamw_8bit", **short), limited(7.5), force=True)
-    elif cause == "a loss in one piece":  # as another version of trl might compute it
-        from trl.kernels import chunked_logprob
-        from trl.trainer import utils
+    elif cause == "a loss in one piece":  # as other trainers compute it
+        from llamanb.model import head
 
-        chunked_logprob.TOKEN_CHUNK_SIZE = utils._CHUNKED_LOGPROB_CHUNK_SIZE = 2**20
-        made = plan(recipe.replace(micro_batch_size=8, checkpointing="all"), limited(14.4))
+        head.HEAD_TILE = 2**20
+        made = plan(recipe.replace(micro_batch_size=8, checkpointing="all"), limited(5.0))
     elif cause == "another process":
         made = plan(recipe.replace(micro_batch_size=8, checkpointing="none"), Card.here())
         free, _ = torch.cuda.mem_get_info()

@@ -79,11 +79,11 @@ def test_8b_nf4_trains(scratch, llama_8b, rows, tokens):
 
 
 def test_8b_fills_the_card_and_takes_what_was_predicted(scratch, llama_8b):
-    settings = {"rank": 16, "max_length": 2048, "effective_batch_size": 2, "micro_batch_size": 1, "steps": 10}
-    rows = rows_of(scratch, 2048)
+    settings = {"rank": 16, "max_length": 4096, "effective_batch_size": 2, "micro_batch_size": 1, "steps": 10}
+    rows = rows_of(scratch, 4096)
     result = run(scratch, model=str(llama_8b), dataset=rows, eval_rows=0, warmup=0.0, **settings)
     assert result["layers"]["stored"] > 0
-    assert result["layers"]["checkpointed"] > 0
+    assert result["layers"]["mlp checkpointed"] > 0
     assert result["allocated_gib"] == pytest.approx(result["predicted_gib"], rel=0.01)
     assert result["reserved_gib"] > 0.85 * ALLOCATOR_GIB
     for part in ("forward", "loss", "backward", "optimizer step"):

@@ -16,6 +16,7 @@ from llamanb.layout import GIB
 from llamanb.run import FINISHED, Run
 from llamanb.tape import CHECKPOINTED, STORED
 from llamanb.timeline import Sample, Step, Timeline
+from llamanb.claims import mib
 from llamanb.tradeoffs import CLAIMS, NEEDS_GPU, NOT_MEASURED, Row, Tradeoffs, Variant, measure, variants
 
 RECIPE = Recipe(effective_batch_size=4, micro_batch_size=2, max_length=64, steps=3, eval_rows=0, learning_rate=5e-3)
@@ -61,7 +62,8 @@ def pair(one: str, other: str, **figures) -> dict:
 
 
 SPEEDS = {
-    "int8 is faster than 4-bit": ("int8", "nf4"),
+    "int8 is faster than 4-bit": ("int8", "transformers' layers"),
+    "padding costs speed": ("rows, not padded", "rows, padded"),
     "quantizing to 4 bits costs speed": ("unquantized", "nf4"),
     "gradient accumulation costs speed": ("micro-batch 4", "micro-batch 1"),
 }
@@ -101,7 +103,7 @@ def test_paged_parameters_would_take_more_off_the_peak_than_the_states_are(gone,
     found, figures = verdict("PagedAdamW moves the parameters to host memory", rows)
     assert found == holds
     states = "the optimizer's states are 20.0, adapters 40.0, all that lasts 1,000"
-    assert figures == f"the peak falls by {tradeoffs._mib(gone / 1024)} MiB; {states}"
+    assert figures == f"the peak falls by {mib(gone / 1024)} MiB; {states}"
 
 
 def lengths(efficient: tuple, math: tuple) -> dict:
@@ -231,7 +233,8 @@ def test_each_variant_changes_one_thing():
         return {name for name in before if before[name] != after[name]}
 
     assert changed(FOUND["baseline"]) == changed(FOUND["nf4"]) == changed(FOUND["micro-batch 2"]) == set()
-    several = {"recompute half": {"checkpointing", "half"}, "math": {"kernel", "micro_batch_size"}}
+    several = {"recompute half": {"checkpointing", "half"}, "math": {"kernel", "micro_batch_size", "fused"}}
+    several |= {"rows, padded": {"rows", "fused"}}
     several |= {"memory-efficient": several["math"]}
     several |= {f"{kernel} at half length": {*several["math"], "max_length"} for kernel in ("math", "memory-efficient")}
     for name, variant in FOUND.items():
