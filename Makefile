@@ -62,6 +62,10 @@ test-browser: install-dev ## the widgets in JupyterLab, in a headless Chromium
 	    echo "  fix: apt-get install chromium" >&2; exit 1; }
 	@$(PY) -m pytest tests/browser $(ARGS)
 
+.PHONY: faults
+faults: install-dev ## 500 kills -9, and what else may befall a run; an hour
+	@LLAMANB_KILLS=500 OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults $(ARGS)
+
 .PHONY: colab
 colab: install-dev ## Colab's frozen versions, colab_setup.sh, the quickstart
 	@$(PY) -m pytest tests/colab $(ARGS)

@@ -29,6 +29,7 @@ FILES = {
     "metrics.csv": "loss, learning rate and tokens, step by step",
     "memory.csv": "memory, ten times a second",
     "scores.json": "before and after",
+    "checkpoints": "from which an unfinished run goes on",
     "memory_snapshot.pickle": "torch's allocator when memory ran out, for pytorch.org/memory_viz",
 }
 

@@ -198,7 +198,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
         if trainer.state.global_step < trainer.state.max_steps:
             status = INTERRUPTED if interrupt.asked else f"stopped after {recipe.stop_after_min or 0:g} minutes"
             if saves.step == trainer.state.global_step:
-                print(f"{status}: the same again goes on after step {saves.step}", flush=True)
+                print(f"{status}, at step {saves.step}: run this again to go on from there", flush=True)
     scene.run = scene.run.replace(train_s=train_s, buckets_gib=scene.buckets_gib)
     instants.begins("save")  # before anything else can fail
     saved = save_model(model, data.tokenizer, plan, folder)
@@ -206,7 +206,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
 
     if progress.before:
         instants.begins("score")
-        print("scoring them again", flush=True)
+        print("scoring the held-out rows again", flush=True)
         scene.run = scene.run.replace(scores=compare(progress.before, evaluate(model, data), data))
         write_model_card(saved, plan, str(scene.run.scores.tables()[0]))
     scene.run = scene.run.replace(status=status)

@@ -65,7 +65,8 @@ def test_a_run_s_folder_tells_all(recipe, tmp_path):
     assert json.loads((run.folder / "scores.json").read_text())["after"]["loss"] == run.scores.after.loss
     assert json.loads((run.folder / "run.json").read_text())["status"] == "finished"
     assert str(run.folder) in str(run.files())
-    names = ["adapter", "report.html", "recipe.json", "plan.json", "metrics.csv", "memory.csv", "scores.json"]
+    names = ["adapter", "report.html", "recipe.json", "plan.json", "metrics.csv", "memory.csv"]
+    names += ["scores.json", "checkpoints"]
     assert [name for name, _ in run.files().rows] == names
     assert all((run.folder / name).exists() for name in names)
 
