@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -109,6 +110,7 @@ class _Efficient(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         query, key, value, output, normalizer, seed, offset, borders = ctx.saved_tensors
         repeated = [t.repeat_interleave(ctx.groups, dim=2) for t in (key, value)]

@@ -26,7 +26,8 @@ class Fast:
 def dequantize(weight: Tensor) -> Tensor:
     """(out, in) of a 4-bit weight of bitsandbytes, in the dtype it was quantized from."""
     state = weight.quant_state
-    usual = state.blocksize == 64 and (not state.nested or state.state2.blocksize == 256)
+    whole = weight.numel() % 32 == 0  # each constant has all of its 64 weights
+    usual = whole and state.blocksize == 64 and (not state.nested or state.state2.blocksize == 256)
     if Fast.for_(weight) and usual:
         return _kernels().dequantize(weight.data, state)
     return bnb.dequantize_4bit(weight.data, state)

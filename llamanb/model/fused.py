@@ -3,7 +3,8 @@ layer from fewer kernels, and only what the backward pass needs kept.
 
 Autograd keeps what every operation read. Here a product (`_Products`) keeps what its prologue read - the residual
 stream before a norm, gate and up before their product - and computes the rest again, which costs elementwise work
-alone. Of a layer are kept: its input, queries, keys, values, attention's output, the stream between, gate and up.
+alone. Of a layer are kept: its input, queries, keys, values, attention's output and normalizer, the stream between,
+gate and up; of the adapters their low rank.
 
 The base's weights are dequantized for each product and never kept; adapters are added by products that accumulate
 (`addmm`). Gradients reach the adapters and the layer's input: the base is frozen. `fits_layer` says which layers this
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from llamanb.model import attention
 from llamanb.model.elementwise import dequantize, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
@@ -89,6 +91,7 @@ class _Products(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor):
         inputs, low = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         wanted = any(ctx.needs_input_grad[3 : 3 + ctx.count])
@@ -177,6 +180,7 @@ class _Rotated(torch.autograd.Function):
         return rotate(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         return rotate(gradient, *ctx.saved_tensors, -1), None, None
 
@@ -192,6 +196,7 @@ class _Recomputed(torch.autograd.Function):
         return layer.mlp(layer.attend(x, places) if whole else x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         (x,), layer = ctx.saved_tensors, ctx.layer
         if not ctx.whole:
@@ -217,6 +222,7 @@ class _Normed(torch.autograd.Function):
         return rms_norm(x, weight, epsilon)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         x, weight = ctx.saved_tensors
         return rms_norm_backward(gradient.clone(), x, weight, ctx.epsilon), None, None
@@ -309,13 +315,20 @@ def fits_layer(layer: nn.Module) -> str:
     """Why a layer cannot be computed so; "" where it can."""
     for module in layer.modules():
         if isinstance(module, LoraLayer):
-            name = module.active_adapters[0]
-            if len(module.active_adapters) > 1 or module.merged or module.disable_adapters:
+            if len(module.active_adapters) != 1 or module.merged or module.disable_adapters:
                 return "more than one adapter, or none in use"
+            name = module.active_adapters[0]
             if not isinstance(module.lora_dropout[name], nn.Identity):
                 return "adapters with dropout"
             if module.use_dora[name]:
                 return "DoRA"
+            if module.lora_bias[name]:
+                return "adapters with biases"
+    config = layer.self_attn.config
+    if config.hidden_act not in ("silu", "swish"):
+        return f"{config.hidden_act} in the MLP"
+    if config.attention_dropout:
+        return "attention with dropout"
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         module = getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name)
         base = module.get_base_layer() if isinstance(module, LoraLayer) else module

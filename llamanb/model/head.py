@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llamanb.data.encode import IGNORE
 from llamanb.model.elementwise import cross_entropy_
@@ -43,6 +44,7 @@ class _HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale: Tensor):
         gradient, trained = ctx.saved_tensors
         whole = gradient.new_zeros(ctx.shape)

@@ -1,0 +1,378 @@
+"""Fused layers held to transformers' and peft's: loss and every adapter's gradient, whatever of a layer is kept; and
+what is kept."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llamanb import Card, Recipe, plan
+from llamanb.architecture import Architecture
+from llamanb.data.encode import IGNORE, load_tokenizer
+from llamanb.model import attach_adapters, load_model
+from llamanb.model import fused as module
+from llamanb.model.attention import for_rows
+from llamanb.model.fused import FusedDecoder, FusedLayer, Part, Places, fits_layer
+from llamanb.model.head import head_loss
+from llamanb.recipe import LINEAR_LAYERS
+from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
+from llamanb.tape.step import Step
+
+KINDS = (STORED, HALVED, CHECKPOINTED, OFFLOADED)
+MIXED = (OFFLOADED, CHECKPOINTED, HALVED, STORED)
+LAYOUTS = [*((kind,) * 4 for kind in KINDS), MIXED, MIXED[::-1], (HALVED, STORED, CHECKPOINTED, STORED)]
+EVEN, UNEVEN, ALONE = (7, 7, 7), (9, 1, 6, 4), (11,)
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+VOCABULARY, RANK = 97, 3
+
+
+def tiny(layers=4, targets=LINEAR_LAYERS, *, base=SHAPE, **settings) -> torch.nn.Module:
+    """A Llama of random fp32 weights, norms too, with adapters whose B is not zero."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers, "vocab_size": VOCABULARY, **base})
+    return trained(LlamaForCausalLM(config), targets, **settings)
+
+
+def trained(model, targets=LINEAR_LAYERS, **settings):
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.add_(torch.randn_like(weight), alpha=0.2)
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets, r=RANK, lora_alpha=5, **settings))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    return adapted
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return tiny()
+
+
+def rows_of(lengths, vocabulary=VOCABULARY):
+    """Token ids of each row, and labels of which some are not trained."""
+    source = torch.Generator().manual_seed(1)
+    ids = [torch.randint(vocabulary, (n,), generator=source) for n in lengths]
+    labels = [torch.where(torch.rand(len(row), generator=source) < 0.3, IGNORE, row) for row in ids]
+    return ids, [torch.cat([torch.tensor([IGNORE]), row[1:]]) for row in labels]
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """And forgets them."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def expected(model, ids, labels):
+    """Summed loss and gradients, as transformers and peft have them, each row by itself."""
+    total = 0
+    for row, right in zip(ids, labels, strict=True):
+        logits = model(input_ids=row[None]).logits[0, :-1].float()
+        total = total + F.cross_entropy(logits, right[1:], ignore_index=IGNORE, reduction="sum")
+    total.backward()
+    return total.item(), gradients(model)
+
+
+def found(model, ids, labels, layers=()):
+    hidden = FusedDecoder(model, layers, "")(torch.cat(ids), [len(row) for row in ids])
+    loss = head_loss(hidden, model.get_output_embeddings().weight, torch.cat(labels).roll(-1))
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def assert_same(model, lengths, layers, vocabulary=VOCABULARY, tolerance=1e-5):
+    ids, labels = rows_of(lengths, vocabulary)
+    loss, right = expected(model, ids, labels)
+    fused_loss, got = found(model, ids, labels, layers)
+    assert fused_loss == pytest.approx(loss, rel=1e-5)
+    assert got.keys() == right.keys()
+    for name in right:
+        assert got[name].dtype == torch.float32
+        largest = right[name].abs().max().item()
+        assert largest > 0, name
+        torch.testing.assert_close(got[name], right[name], rtol=0, atol=tolerance * largest, msg=name)
+
+
+@pytest.mark.parametrize("lengths", [EVEN, UNEVEN, ALONE])
+@pytest.mark.parametrize("layers", LAYOUTS, ids="-".join)
+def test_loss_and_gradients_are_those_of_transformers_and_peft(shared, layers, lengths):
+    assert_same(shared, lengths, layers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "targets",
+    [LINEAR_LAYERS[:4], LINEAR_LAYERS[4:], ("q_proj", "v_proj"), ("k_proj", "up_proj"), *([n] for n in LINEAR_LAYERS)],
+    ids="-".join,
+)
+def test_adapters_on_some_of_the_linear_layers(targets, kind):
+    assert_same(tiny(2, list(targets)), UNEVEN, (kind,) * 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers", [[1], [0, 2]])
+def test_adapters_in_some_of_the_layers(layers, kind):
+    assert_same(tiny(3, list(LINEAR_LAYERS), layers_to_transform=layers), UNEVEN, (kind,) * 3)
+
+
+def test_scaling_ranks_and_biasless_variants_of_peft():
+    pattern = {"rank_pattern": {"q_proj": 5, "up_proj": 1}, "alpha_pattern": {"v_proj": 11}, "use_rslora": True}
+    assert_same(tiny(2, **pattern), UNEVEN, (STORED, CHECKPOINTED))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_every_number_of_key_heads(kv_heads):
+    model = tiny(2, base={"num_key_value_heads": kv_heads, "tie_word_embeddings": True})
+    assert_same(model, UNEVEN, (STORED, CHECKPOINTED))
+
+
+QUANTIZED = [("qlora-nf4", True), ("qlora-nf4", False), ("qlora-fp4", True)]
+
+
+@pytest.mark.parametrize(("method", "double"), QUANTIZED)
+def test_4_bit_weights(mini, method, double):
+    recipe = Recipe(model=str(mini), method=method, double_quant=double, rank=4)
+    model = attach_adapters(load_model(plan(recipe, Card("CPU", None)), load_tokenizer(mini)), recipe)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    assert model.get_decoder().layers[0].mlp.up_proj.weight.quant_state.nested == double
+    for kind in KINDS:
+        assert_same(model, UNEVEN, (kind,) * 2, vocabulary=500)
+
+
+def test_16_bit_layers_give_fp32_gradients_near_those_of_32_bits():
+    model = tiny(2)
+    narrow = copy.deepcopy(model)
+    for weight in narrow.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.bfloat16()
+    ids, labels = rows_of(UNEVEN)
+    _, right = expected(model, ids, labels)
+    for kind in KINDS:
+        _, got = found(narrow, ids, labels, (kind,) * 2)
+        for name in right:
+            assert got[name].dtype == torch.float32
+            assert F.cosine_similarity(got[name].flatten(), right[name].flatten(), dim=0) > 0.999, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_do_not_see_each_other(shared, kind):
+    ids, _ = rows_of(UNEVEN)
+    decoder = FusedDecoder(shared, (kind,) * 4, "")
+    together = decoder(torch.cat(ids), UNEVEN).split(UNEVEN)
+    head = shared.get_output_embeddings().weight
+    for row, hidden in zip(ids, together, strict=True):
+        torch.testing.assert_close(hidden, decoder(row, [len(row)]), rtol=0, atol=1e-5)
+        logits = shared(input_ids=row[None]).logits[0]
+        torch.testing.assert_close(hidden @ head.t(), logits, rtol=0, atol=1e-5)
+
+
+def test_no_layers_named_means_all_are_kept(shared):
+    ids, labels = rows_of(EVEN)
+    named, unnamed = found(shared, ids, labels, (STORED,) * 4), found(shared, ids, labels)
+    assert named[0] == unnamed[0]
+    assert all(torch.equal(named[1][name], unnamed[1][name]) for name in named[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_backward_adds_the_same_or_refuses(kind):
+    model = tiny(2)
+    ids, labels = rows_of(UNEVEN)
+
+    def loss():
+        hidden = FusedDecoder(model, (kind,) * 2, "")(torch.cat(ids), UNEVEN)
+        return head_loss(hidden, model.get_output_embeddings().weight, torch.cat(labels).roll(-1))
+
+    made = loss()
+    made.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    made.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, 2 * once[name], msg=name)
+    with pytest.raises(RuntimeError, match="second time"):
+        made.backward()
+    first = next(p for p in model.parameters() if p.requires_grad)
+    [of_first] = torch.autograd.grad(loss(), [first], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        of_first.sum().backward()
+
+
+# In float64
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Plain forms widen to fp32; float64 stays what it is here, so that differences can be taken."""
+    wide = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else wide(t))
+    model = tiny(1).double()
+    return model.get_decoder().layers[0]
+
+
+def numbers(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "residual"), [("entry", False), ("gate_up", False), *itertools.product(("o", "down"), (False, True))]
+)
+def test_products_against_differences(double, name, residual):
+    part: Part = getattr(FusedLayer(double), name)
+    width = part.linears[0].base.in_features
+    inputs = [numbers(4, width) for _ in range(2 if name == "down" else 1)]
+    stream = [numbers(4, 32)] if residual else []
+
+    def products(*tensors):
+        return part(*tensors[: len(inputs)], residual=tensors[len(inputs)] if residual else None)
+
+    # The adapters are the part's own tensors, which gradcheck changes in place
+    assert torch.autograd.gradcheck(products, (*inputs, *stream, *part.adapters))
+
+
+def test_prologues_against_differences(double):
+    x, gate, up = numbers(5, 32), numbers(5, 48), numbers(5, 48)
+    layer = FusedLayer(double)
+    for prologue, inputs in (
+        (layer.entry.prologue, (x,)),
+        (module.AS_IT_IS, (x,)),
+        (module.SWIGLU, (gate, up)),
+    ):
+        value = prologue.value(*inputs)
+        gradient = torch.randn_like(value)
+        right = torch.autograd.grad(value, inputs, gradient)
+        for one, other in zip(prologue.backward(gradient.clone(), *inputs), right, strict=True):
+            torch.testing.assert_close(one, other)
+        assert torch.autograd.gradcheck(prologue.value, inputs)
+
+
+def places(lengths, dtype=torch.float64):
+    angles = torch.cat([torch.arange(n) for n in lengths])[:, None] * torch.linspace(1, 0.1, 4).repeat(2)
+    return Places(angles.cos().to(dtype), angles.sin().to(dtype), for_rows(lengths, "", torch.device("cpu")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_layer_against_differences(double, kind):
+    layer, at = FusedLayer(double), places((2, 1))
+    adapters = [t for part in (layer.entry, layer.o, layer.gate_up, layer.down) for t in part.adapters]
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x, at, kind), (numbers(3, 32), *adapters), fast_mode=True)
+
+
+def test_rotation_and_last_norm_against_differences(double):
+    at = places((3, 2))
+    assert torch.autograd.gradcheck(lambda x: module._Rotated.apply(x, at.cos, at.sin), [numbers(5, 2, 8)])
+    weight = torch.randn(32, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: module._Normed.apply(x, weight, 1e-5), [numbers(5, 32)])
+
+
+# What is kept
+
+LOW = {"entry": 3 * RANK, "o": RANK, "gate_up": 2 * RANK, "down": RANK}
+HALF = {"input": 32, "queries": 32, "keys": 16, "values": 16, "attended": 32, "normalizer": 4, "stream": 32}
+ATTENTION = sum(HALF.values()) + LOW["entry"] + LOW["o"]
+KEPT = {STORED: ATTENTION + 2 * 48 + LOW["gate_up"] + LOW["down"], HALVED: ATTENTION, CHECKPOINTED: 32, OFFLOADED: 0}
+"""Numbers of each token that a layer keeps, as the module says: of the tensors above, and of `low`, the adapters' low
+rank."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_keeps_what_the_module_says_and_the_tape_plans(shared, kind):
+    layer, at, tokens = FusedLayer(shared.get_decoder().layers[0]), places((4, 4), torch.float32), 8
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(tokens, 32, requires_grad=True), at, kind)
+    for given in (at.cos, at.sin):
+        kept.pop(given.untyped_storage().data_ptr(), None)
+    assert sum(storage.nbytes() for storage in kept.values()) == 4 * tokens * KEPT[kind]
+    assert planned_bytes(kind, tokens) == 4 * tokens * KEPT[kind]
+
+
+def planned_bytes(kind, tokens):
+    """What a fused layer keeps on the tape, its input with it."""
+    model = Architecture("tiny", 32, 1, 4, 2, 8, 48, VOCABULARY, False, 64)
+    writer = Step(Workload(model, 1, tokens, (kind,), True, "fp32", None, rank=RANK, kernel="flash"))
+    x = writer.new(4 * tokens * 32)
+    out, _ = writer.fused_layer(x, kind)
+    writer.free(out, x if kind == OFFLOADED else None)
+    alive = {slot - 1 for slot in writer.tape.events if slot > 0} - {-slot - 1 for slot in writer.tape.events}
+    return sum(writer.tape.sizes[slot] for slot in alive)
+
+
+def test_offloaded_inputs_wait_in_host_memory(shared, monkeypatch):
+    waiting, save_on_cpu = [], torch.autograd.graph.save_on_cpu
+
+    def watched(pin_memory):
+        waiting.append(pin_memory)
+        return save_on_cpu(pin_memory=pin_memory)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", watched)
+    ids, labels = rows_of(EVEN)
+    found(shared, ids, labels, (OFFLOADED, STORED, CHECKPOINTED, OFFLOADED))
+    assert waiting == [False, False], "pinned where there is a GPU"
+
+
+def test_a_frozen_input_gets_no_gradient_and_no_product_is_made_for_it(monkeypatch):
+    model, products = tiny(2), []
+    product = module._product_backward
+    monkeypatch.setattr(module, "_product_backward", lambda *args: products.append(1) or product(*args))
+    ids, labels = rows_of(EVEN)
+    found(model, ids, labels)
+    assert len(products) == 7 + 4, "of the first layer, queries, keys and values end at the embedding"
+
+
+# What cannot be fused
+
+
+@pytest.mark.parametrize(
+    ("settings", "base", "why"),
+    [
+        ({}, {}, ""),
+        ({"use_rslora": True}, {}, ""),
+        ({"lora_dropout": 0.1}, {}, "adapters with dropout"),
+        ({"use_dora": True}, {}, "DoRA"),
+        ({"targets": ["q_proj"], "lora_bias": True}, {"attention_bias": True}, "adapters with biases"),
+        ({}, {"attention_bias": True}, "linear layers with biases"),
+        ({"targets": ["q_proj"]}, {"mlp_bias": True}, "linear layers with biases"),
+        ({}, {"attention_dropout": 0.1}, "attention with dropout"),
+        ({}, {"hidden_act": "gelu"}, "gelu in the MLP"),
+    ],
+)
+def test_layers_that_cannot_be_fused_are_told_with_why(settings, base, why):
+    layers = tiny(2, base=base, **settings).get_decoder().layers
+    assert [fits_layer(layer) for layer in layers] == [why] * 2
+
+
+def _two_adapters(model):
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], r=2))
+    model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda model: model.merge_adapter(), "more than one adapter, or none in use"),
+        (lambda model: model.base_model.disable_adapter_layers(), "more than one adapter, or none in use"),
+        (_two_adapters, "more than one adapter, or none in use"),
+        (lambda model: model.requires_grad_(True), "weights that are trained themselves"),
+    ],
+)
+def test_adapters_that_are_not_plainly_in_use_are_told(change, why):
+    model = tiny(1)
+    change(model)
+    assert fits_layer(model.get_decoder().layers[0]) == why
+
+
+def test_int8_is_told(mini):
+    recipe = Recipe(model=str(mini), method="qlora-int8")
+    model = load_model(plan(recipe, Card("CPU", None)), load_tokenizer(mini))
+    assert fits_layer(attach_adapters(model, recipe).get_decoder().layers[0]) == "int8"
