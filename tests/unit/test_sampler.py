@@ -180,7 +180,7 @@ def gpu(monkeypatch):
         torch.cuda.memory_stats_as_nested_dict = lambda index: stats
         torch.cuda.get_per_process_memory_fraction = lambda index: fraction
         monkeypatch.setitem(sys.modules, "torch", torch)
-        monkeypatch.setattr("llamanb.nvml._real_nvml", lambda: (nvml, ""))
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
         return torch
 
     return found
