@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import SFTTrainer
 
 from llamanb.data.encode import IGNORE
+from llamanb.data.packing import pack
 from llamanb.layout import Plan
 from llamanb.model.fused import FusedDecoder, fits_layer
 from llamanb.model.head import head_loss
@@ -22,19 +23,6 @@ def pool(rows: Sequence[dict]) -> dict:
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     labels = [torch.as_tensor([IGNORE, *row["labels"][1:]]) for row in rows]
     return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "lengths": [len(row) for row in ids]}
-
-
-def micro_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Rows by number, packed into as few micro-batches of at most `most` tokens as first fit finds, the longest rows
-    first; a row that is longer stands alone."""
-    packed: list[tuple[int, list[int]]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = next((at for at, (tokens, _) in enumerate(packed) if tokens + lengths[i] <= most), None)
-        if at is None:
-            packed.append((lengths[i], [i]))
-        else:
-            packed[at] = (packed[at][0] + lengths[i], [*packed[at][1], i])
-    return [rows for _, rows in packed]
 
 
 class StepTrainer(SFTTrainer):
@@ -88,7 +76,7 @@ class StepTrainer(SFTTrainer):
                 rows = slice(begin, begin + plan.micro_batch_size)
                 yield _padded(ids[rows], labels[rows], self.processing_class.pad_token_id)
             return
-        for rows in micro_batches(lengths, plan.micro_batch_size * plan.length):
+        for rows in pack(lengths, plan.micro_batch_size * plan.length):
             taken = [torch.cat([of[i] for i in rows]) for of in (ids, labels)]
             yield {"input_ids": taken[0], "labels": taken[1], "lengths": [lengths[i] for i in rows]}
 
