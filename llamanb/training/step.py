@@ -15,6 +15,7 @@ from llamanb.data.packing import pack
 from llamanb.layout import Plan
 from llamanb.model.fused import FusedDecoder, fits_layer
 from llamanb.model.head import head_loss
+from llamanb.model.layers import lay_out
 
 
 def pool(rows: Sequence[dict]) -> dict:
@@ -42,6 +43,7 @@ class StepTrainer(SFTTrainer):
             why_not = next(filter(None, map(fits_layer, self.model.get_decoder().layers)), "")
             if why_not:
                 warnings.warn(f"layers are not fused, and may take more memory than planned: {why_not}", stacklevel=2)
+                lay_out(self.model, plan.layers)
             else:
                 self.fused = FusedDecoder(self.model, plan.layers, plan.kernel)
 
