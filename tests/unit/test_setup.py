@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,13 @@ def test_ranges_hold_for_colabs_image_but_for_what_the_setup_moves():
         "pyarrow",
         "papermill",
     ]
+
+
+def test_files_beside_the_code_are_installed_with_it():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["llamanb"]
+    beside = {path for path in (ROOT / "llamanb").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert beside
+    assert beside == {path for pattern in patterns for path in (ROOT / "llamanb").glob(pattern)}
 
 
 # --- the setup cell
