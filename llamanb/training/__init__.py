@@ -125,8 +125,8 @@ def _watched(
                 scene.clear(error)
             if not explained:
                 raise
+    scene.clear()  # after an error once more, now that nothing holds its traceback
     if explained:
-        scene.clear()  # again, now that nothing holds the old traceback
         raise explained
     scene.run.timeline.write(folder)  # with the last samples
     _write_report(scene.run)

@@ -226,6 +226,12 @@ def models(monkeypatch):
     return found
 
 
+def test_a_run_that_is_over_keeps_no_model_alive(recipe, tmp_path, models):
+    run = train(plan(recipe(), CPU), name="run", runs=tmp_path)
+    assert run.losses
+    assert [reference() for reference in models] == [None, None], "the next cell may load another one"
+
+
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_8bit"])
 @pytest.mark.parametrize("error", [RuntimeError("it broke"), KeyboardInterrupt()], ids=repr)
 def test_a_run_that_fails_keeps_no_model_alive(recipe, tmp_path, monkeypatch, models, error, optimizer):
