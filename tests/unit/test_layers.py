@@ -143,7 +143,7 @@ def test_what_points_back_is_imported_inside_functions_only(part, later):
     assert [name for name in _imported(module) if name and name.startswith(f"llamanb.{later}")]
 
 
-EXTRAS = {"shrink", "export", "scale", "gpu_check", "tradeoffs", "claims", "tiny.make"}
+EXTRAS = {"shrink", "export", "scale", "gpu_check", "tradeoffs", "claims", "tiny.make", "setup.environment"}
 
 
 def test_nothing_imports_an_extra():
@@ -151,6 +151,14 @@ def test_nothing_imports_an_extra():
     for extra in EXTRAS:
         users = _uses(f"llamanb.{extra}") - {name.replace(".", "/") for name in EXTRAS}
         assert {user for user in users if not user.startswith(extra.replace(".", "/"))} == set(), extra
+
+
+def test_only_the_optimizer_step_knows_fused_layers():
+    """They are counted apart, since all else is the same without them (docs/decisions/0011)."""
+    for module in ("fused", "head"):
+        assert _uses(f"llamanb.model.{module}") == {"training/step"}
+    for module in ("kernels", "elementwise"):
+        assert _uses(f"llamanb.model.{module}") <= {"model/fused", "model/head", "model/elementwise"}
 
 
 def test_no_file_a_reader_would_dread():
