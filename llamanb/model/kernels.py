@@ -55,7 +55,7 @@ def _rms_norm(x, weight, out, width, epsilon, block: tl.constexpr):
     real = at < width
     wide = tl.load(x + row * width + at, real, 0).to(tl.float32)
     root = tl.rsqrt(tl.sum(wide * wide) / width + epsilon)
-    scaled = (wide * root).to(out.dtype.element_ty)
+    scaled = (wide * root).to(out.dtype.element_ty).to(tl.float32)  # rounded as the plain form does
     tl.store(out + row * width + at, scaled * tl.load(weight + at, real, 0), real)
 
 
@@ -87,7 +87,7 @@ def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: floa
 def _swiglu(gate, up, out, count, block: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     g = tl.load(gate + at, at < count, 0).to(tl.float32)
-    silu = (g * tl.sigmoid(g)).to(out.dtype.element_ty)
+    silu = (g * tl.sigmoid(g)).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + at, silu * tl.load(up + at, at < count, 0), at < count)
 
 
