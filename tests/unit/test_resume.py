@@ -98,7 +98,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+QUICK = ("nf4", "whole")
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v not in QUICK)) for v in VARIANTS])
 def test_a_run_that_died_comes_to_what_it_would_have_come_to(recipe, tmp_path, ended, variant):
     r = recipe(checkpoint_every_steps=1, **VARIANTS[variant])
     whole = train(plan(r, CPU), name="whole", runs=tmp_path)
@@ -544,6 +547,7 @@ class Fails:
         return outer
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_at_any_write_leaves_the_training_and_the_older_checkpoint(recipe, tmp_path, monkeypatch):
     r = recipe(steps=3, checkpoint_every_steps=1, method="lora", eval_rows=0)
     whole = train(plan(r, CPU), name="whole", runs=tmp_path)
