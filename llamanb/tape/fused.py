@@ -70,12 +70,12 @@ class FusedLayers(LinearLayers):
         new, free, work, N, e = self.new, self.free, self.work, self.tokens, self.e
         rank, inputs = work.rank, self.sides[names[0]][0]
         adapted = [name for name in names if name in self.targets]
-        made = down = of_low = None
+        made = down = of_low = again = None
         grown = []
         if adapted:
             down = self._down(names)
             made = new(e * N * inputs) if value else None
-            low = new(e * N * rank * len(adapted)) if low is None else low
+            again = new(e * N * rank * len(adapted)) if low is None else None
             lows = []
             for name in adapted:
                 outputs = self.sides[name][1]
@@ -96,7 +96,7 @@ class FusedLayers(LinearLayers):
             weight = self._weight(name)
             of_value = new(e * N * inputs) if of_value is None else of_value
             free(weight)
-        free(down, of_low)
+        free(down, of_low, again)
         self.grown = grown
         return of_value
 

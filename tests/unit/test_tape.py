@@ -14,8 +14,10 @@ from llamanb.tape import (
     CHECKPOINTED,
     EMPTIED,
     FORWARD,
+    HALVED,
     HEAD,
     HEAD_BACKWARD,
+    HEAD_TILE,
     LOAD,
     OFFLOADED,
     RECOMPUTED,
@@ -162,6 +164,82 @@ def test_the_cache_is_emptied_once_after_loading():
     marks = [name for _, name in record(make()).marks]
     assert marks.count(EMPTIED) == 1
     assert marks.index(EMPTIED) < marks.index(FORWARD)
+
+
+# Fused layers
+
+FUSED = (
+    *((kind,) * 3 for kind in (STORED, HALVED, CHECKPOINTED, OFFLOADED)),
+    (CHECKPOINTED, HALVED, STORED),
+    (OFFLOADED, STORED, HALVED),
+)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("method", ["nf4", "lora"])
+def test_fused_layers_too_free_all_that_they_make_once(method, dtype):
+    for kernel, layers, targets, rows in itertools.product(("flash", "memory-efficient"), FUSED, TARGETS, (1, 3)):
+        fields = {"dtype": dtype, "kernel": kernel, "targets": targets, "rows": rows, "accumulation": 1 + rows}
+        work = make(method, layers, fused=True, **fields)
+        assert _left(record(work)) <= LASTING, work
+        assert _left(record_steady(work)) <= {*LASTING, GRADIENTS}, work
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("layers", FUSED)
+def test_a_fused_micro_batch_leaves_its_adapters_gradients_and_nothing_else(layers, targets):
+    tape = record(make(layers=layers, fused=True, targets=targets, accumulation=4))
+    begins = [at for at, name in tape.marks if name == FORWARD]
+    steps = [at for at, name in tape.marks if name == STEP]
+    ends = [next(at for at in steps if at > begin) for begin in begins]
+    first, second = (
+        sorted(tape.sizes[slot - 1] for slot in events if slot > 0 and -slot not in events)
+        for events in (set(tape.events[begin:end]) for begin, end in zip(begins, ends, strict=True))
+    )
+    sides = [TINY.linear(name) for name in targets for _ in layers]
+    assert first == sorted(4 * 8 * side for both in sides for side in both)
+    assert second == [], "added to those of the first"
+
+
+@pytest.mark.parametrize("method", ["nf4", "lora"])
+@pytest.mark.parametrize("kernel", ["flash", "memory-efficient"])
+def test_the_more_of_a_fused_layer_is_recomputed_the_less_it_takes(kernel, method):
+    for targets, depth in itertools.product(TARGETS, (1, 2, 5)):
+        peaks = [
+            outline(make(method, (kind,) * depth, fused=True, targets=targets, kernel=kernel, length=512)).allocated
+            for kind in (STORED, HALVED, CHECKPOINTED, OFFLOADED)
+        ]
+        assert peaks == sorted(peaks, reverse=True)
+        if depth > 1:
+            assert len(set(peaks)) == 4
+
+
+@pytest.mark.parametrize("method", ["nf4", "lora"])
+@pytest.mark.parametrize("kind", [STORED, CHECKPOINTED, OFFLOADED])
+def test_fused_layers_take_less_than_those_of_transformers_and_peft(kind, method):
+    plain, fused = (
+        outline(make(method, (kind,) * 5, fused=fused, kernel="flash", length=512, padded=False)).allocated
+        for fused in (False, True)
+    )
+    assert fused < plain
+
+
+def test_rows_one_behind_the_other_are_a_matter_of_tokens_alone():
+    def peaks(rows, length):
+        return outline(make(fused=True, rows=rows, length=length, trained_tokens=100)).peaks
+
+    assert peaks(8, 64) == peaks(2, 256) == peaks(1, 512)
+
+
+def test_no_more_than_a_tile_of_logits_is_planned_for():
+    def at_the_loss(tokens):
+        work = make(layers=(CHECKPOINTED,), fused=True, rows=1, length=tokens, kernel="flash")
+        return tape_peaks(record_steady(work))[HEAD]["loss"]
+
+    kept, logits = 2 * TINY.hidden, 2 * (TINY.vocabulary + TINY.hidden)
+    for tokens in (HEAD_TILE // 2 + 1, HEAD_TILE + 1, 4 * HEAD_TILE + 1):
+        trained = tokens - 1
+        assert at_the_loss(tokens) == kept * trained + logits * min(trained, HEAD_TILE)
 
 
 def _totals(tape):
