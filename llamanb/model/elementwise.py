@@ -5,12 +5,21 @@ Shapes: x and gradients of it (tokens, width). A gradient that a function is giv
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import warnings
+from collections.abc import Callable
 
 import bitsandbytes.functional as bnb
 import torch
+from bitsandbytes.nn import Params4bit
 from torch import Tensor
 from torch.nn import functional as F
+
+from llamanb.nvml import first_line
+
+PLAIN_TOKENS, PLAIN_ROWS = 256, 64
+"""Tokens at once without the kernels, and rows of logits: in fp32 and step by step, all would take gigabytes."""
 
 
 class Fast:
@@ -21,6 +30,49 @@ class Fast:
     @classmethod
     def for_(cls, x: Tensor) -> bool:
         return x.is_cuda and not cls.why_not
+
+    @classmethod
+    def try_on(cls, weight: Tensor) -> None:
+        """Runs every kernel once on the GPU and in the dtype of `weight`; where one fails, or there is no compiler for
+        it, all is done in plain PyTorch from then on, and a warning says so."""
+        if not cls.for_(weight):
+            return
+        x = torch.randn(4, 64, device=weight.device, dtype=weight.dtype)
+        try:
+            for function, args in (
+                (rms_norm, (x, x[0], 1e-5)),
+                (rms_norm_backward, (x.clone(), x, x[0], 1e-5)),
+                (swiglu, (x, x)),
+                (swiglu_backward, (x.clone(), x, x)),
+                (rotate, (x.view(4, 2, 32), x[:, :32], x[:, :32])),
+                (cross_entropy_, (x.clone(), torch.zeros(4, device=x.device, dtype=torch.int64))),
+                (dequantize, (Params4bit(x.cpu(), quant_type="nf4", requires_grad=False).to(x.device),)),
+            ):
+                function(*args)
+            torch.cuda.synchronize()
+        except Exception as error:  # whatever a compiler, a driver or a launch says
+            cls.why_not = f"{type(error).__name__}: {first_line(error)}"
+            warnings.warn(f"Triton's kernels do not run here, so steps take longer: {cls.why_not}", stacklevel=3)
+
+
+def _by_tokens(function: Callable) -> Callable:
+    """Does a plain function on a GPU for PLAIN_TOKENS tokens after the other: tensors of as many tokens as the first
+    are split, the others are taken as they are."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args):
+        if not first.is_cuda or len(first) <= PLAIN_TOKENS or Fast.for_(first):
+            return function(first, *args)
+        split = [isinstance(a, Tensor) and a.shape[:1] == first.shape[:1] and a.dim() > 1 for a in args]
+        parts = []
+        for begin in range(0, len(first), PLAIN_TOKENS):
+            at = slice(begin, begin + PLAIN_TOKENS)
+            parts.append(function(first[at], *(a[at] if s else a for a, s in zip(args, split, strict=True))))
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(of) for of in zip(*parts, strict=True))
+        return torch.cat(parts)
+
+    return call
 
 
 def dequantize(weight: Tensor) -> Tensor:
@@ -33,6 +85,7 @@ def dequantize(weight: Tensor) -> Tensor:
     return bnb.dequantize_4bit(weight.data, state)
 
 
+@_by_tokens
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root mean square norm over the last dimension, in fp32 (Zhang and Sennrich 2019)."""
     if Fast.for_(x):
@@ -42,6 +95,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * scaled.to(x.dtype)
 
 
+@_by_tokens
 def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     if Fast.for_(x):
         return _kernels().rms_norm_backward(gradient, x, weight, epsilon)
@@ -51,11 +105,13 @@ def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: floa
     return (root * (weighted - scaled * (weighted * scaled).mean(-1, keepdim=True))).to(x.dtype)
 
 
+@_by_tokens
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020)."""
     return _kernels().swiglu(gate, up) if Fast.for_(gate) else F.silu(gate) * up
 
 
+@_by_tokens
 def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     if Fast.for_(gate):
         return _kernels().swiglu_backward(gradient, gate, up)
@@ -65,6 +121,7 @@ def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     return (g * u * (sigmoid + silu * (1 - sigmoid))).to(gate.dtype), (g * silu).to(up.dtype)
 
 
+@_by_tokens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
     """Rotary position embeddings (Su et al. 2021), in transformers' order of a head's numbers: halves, not pairs.
 
@@ -81,11 +138,13 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     """The summed loss of (tokens, vocabulary) logits, in nats; the logits' place is taken by their gradient."""
     if Fast.for_(logits):
         return _kernels().cross_entropy_(logits, labels)
-    wide = logits.float()
-    loss = F.cross_entropy(wide, labels, reduction="sum")
-    wide = wide.softmax(-1)
-    wide[torch.arange(len(labels), device=labels.device), labels] -= 1
-    logits.copy_(wide)
+    loss = torch.zeros((), device=logits.device)
+    for rows, right in zip(logits.split(PLAIN_ROWS), labels.split(PLAIN_ROWS), strict=True):
+        wide = rows.float()
+        loss += F.cross_entropy(wide, right, reduction="sum")
+        wide = wide.softmax(-1)
+        wide[torch.arange(len(right), device=right.device), right] -= 1
+        rows.copy_(wide)
     return loss
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llamanb.model import attention
-from llamanb.model.elementwise import dequantize, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from llamanb.model.elementwise import Fast, dequantize, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 from llamanb.tape import HALVED, OFFLOADED, STORED
 
 
@@ -294,6 +294,7 @@ class FusedDecoder:
 
     def __init__(self, model: nn.Module, layers: Sequence[str], kernel: str):
         self.decoder = model.get_decoder()
+        Fast.try_on(self.decoder.norm.weight)
         self.layers = [FusedLayer(layer) for layer in self.decoder.layers]
         self.kinds = layers or (STORED,) * len(self.layers)
         self.kernel = kernel
