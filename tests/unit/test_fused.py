@@ -173,6 +173,15 @@ def test_rows_do_not_see_each_other(shared, kind):
         torch.testing.assert_close(hidden @ head.t(), logits, rtol=0, atol=1e-5)
 
 
+def test_positions_begin_anew_with_each_row(shared, monkeypatch):
+    """Attention sees differences alone, but angles far from zero lose digits, and are not what was pretrained."""
+    ids, _ = rows_of(UNEVEN)
+    positions, rotary = [], shared.get_decoder().rotary_emb
+    monkeypatch.setattr(rotary, "forward", lambda x, at, forward=rotary.forward: positions.append(at) or forward(x, at))
+    FusedDecoder(shared, (), "")(torch.cat(ids), UNEVEN)
+    assert [at.tolist() for at in positions] == [[[i for n in UNEVEN for i in range(n)]]]
+
+
 def test_no_layers_named_means_all_are_kept(shared):
     ids, labels = rows_of(EVEN)
     named, unnamed = found(shared, ids, labels, (STORED,) * 4), found(shared, ids, labels)
