@@ -1,4 +1,4 @@
-"""What is often said about memory techniques, each judged by what was measured here (`tradeoffs.Tradeoffs`, here `these`)."""
+"""What is often said about memory techniques, each judged by what was measured (`tradeoffs.Tradeoffs`: `these`)."""
 
 from __future__ import annotations
 

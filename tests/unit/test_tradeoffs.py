@@ -10,13 +10,13 @@ import pytest
 
 from llamanb import Recipe, load_data, plan, tradeoffs
 from llamanb.card import Card
+from llamanb.claims import mib
 from llamanb.data.encode import IGNORE
 from llamanb.errors import RecipeError
 from llamanb.layout import GIB
 from llamanb.run import FINISHED, Run
 from llamanb.tape import CHECKPOINTED, STORED
 from llamanb.timeline import Sample, Step, Timeline
-from llamanb.claims import mib
 from llamanb.tradeoffs import CLAIMS, NEEDS_GPU, NOT_MEASURED, Row, Tradeoffs, Variant, measure, variants
 
 RECIPE = Recipe(effective_batch_size=4, micro_batch_size=2, max_length=64, steps=3, eval_rows=0, learning_rate=5e-3)
