@@ -241,18 +241,26 @@ def test_a_finished_run_is_left_alone(recipe, tmp_path, capsys):
     assert "beginning a new run" not in capsys.readouterr().out
 
 
-def test_a_finished_run_goes_on_for_more_steps_when_it_is_asked_to(recipe, tmp_path, capsys):
+def test_a_finished_run_goes_on_for_more_steps_when_it_is_asked_to(recipe, tmp_path, capsys, monkeypatch):
     run = train(plan(recipe(steps=4), CPU), runs=tmp_path)
     assert train(plan(recipe(steps=5), CPU), runs=tmp_path).folder.name == "run-2", "not by itself"
     shutil.rmtree(tmp_path / "run-2")
-    more = train(plan(recipe(steps=6), CPU), runs=tmp_path, resume=True)
+    used, build = [], trainer.build_trainer
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            used.append(optimizer.param_groups[0]["lr"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "build_trainer", lambda *args: build(*args[:4], [*args[4], Look()], *args[5:]))
+        more = train(plan(recipe(steps=6), CPU), runs=tmp_path, resume=True)
     assert more.folder == run.folder
     assert more.losses[:4] == run.losses
     assert len(more.losses) == 6
     assert "at step 4 of 6" in capsys.readouterr().out
     whole = train(plan(recipe(steps=6), CPU), name="whole", runs=tmp_path)
     rates, wanted = ([step.learning_rate for step in run.timeline.steps] for run in (more, whole))
-    assert rates[4:] == wanted[4:], "the schedule is that of six steps from there on"
+    assert rates[4:] == wanted[4:] == used, "the schedule is that of six steps from there on"
     assert rates[:4] == [step.learning_rate for step in run.timeline.steps]
     assert more.train_s > run.train_s
     assert Recipe.load(run.folder / "recipe.json").steps == 6
