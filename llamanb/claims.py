@@ -62,7 +62,7 @@ def _all_needed(these) -> tuple[bool, str]:
 
 CLAIMS = (
     ("int8 is faster than 4-bit", True, lambda these: _faster(these, "int8", NOT_FUSED)),
-    ("padding costs speed", True, lambda these: _faster(these, UNPADDED, PADDED)),
+    ("padding costs speed", True, lambda these: _faster(these, NOT_FUSED, PADDED)),
     ("quantizing to 4 bits costs speed", False, lambda these: _faster(these, "unquantized", "nf4")),
     ("double quantization saves much memory", True, lambda these: _takes(these, "nf4", "single quantization", -1)),
     ("PagedAdamW moves the parameters to host memory", True, _pages_parameters),

@@ -276,8 +276,8 @@ def _alone(work: Workload, kind: str) -> Workload:
 
 
 def random_rows(vocabulary: int, length: int, rows: int, count: int) -> list:
-    """`count` rows of random tokens: of each micro-batch of `rows` all but the first are one token shorter than
-    `length`, so that a batch of several needs a mask as real ones do."""
+    """`count` rows of random tokens: of each micro-batch of `rows` all but the first are one or two tokens shorter than
+    `length`, so that a batch of several needs a mask, or borders, as real ones do."""
     import numpy as np
 
     from llamanb.data.encode import IGNORE, Encoded
@@ -285,7 +285,7 @@ def random_rows(vocabulary: int, length: int, rows: int, count: int) -> list:
     source = np.random.default_rng(0)
     made = []
     for i in range(count):
-        ids = source.integers(vocabulary, size=length if i % rows == 0 else length - 1).tolist()
+        ids = source.integers(vocabulary, size=length if i % rows == 0 else length - 1 - i // rows % 2).tolist()
         made.append(Encoded(ids, [IGNORE, *ids[1:]]))
     return made
 

@@ -9,21 +9,14 @@ from llamanb.html import Table
 
 
 def pack(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Which rows (by number) go together into micro-batches of at most `most` tokens: first-fit decreasing.
-
-    The longest row first, each into the first micro-batch with room for it: at most 11/9 of the fewest possible, and
-    6/9 of one more (Dósa 2007). A row of more than `most` stands alone.
-    """
+    """Which rows (by number) go together into micro-batches, the longest first: as many as would fit into `most` tokens
+    if each were as long as the longest, which is how much attention kernels set aside. A row of more stands alone."""
     packed: list[list[int]] = []
-    room: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        at = next((i for i, left in enumerate(room) if left >= lengths[row]), None)
-        if at is None:
-            packed.append([row])
-            room.append(most - lengths[row])
+        if packed and (len(packed[-1]) + 1) * lengths[packed[-1][0]] <= most:
+            packed[-1].append(row)
         else:
-            packed[at].append(row)
-            room[at] -= lengths[row]
+            packed.append([row])
     return packed
 
 

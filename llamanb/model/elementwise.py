@@ -38,6 +38,7 @@ class Fast:
         if not cls.for_(weight):
             return
         x = torch.randn(4, 64, device=weight.device, dtype=weight.dtype)
+        torch.cuda.synchronize()  # an earlier error is not the kernels'
         try:
             for function, args in (
                 (rms_norm, (x, x[0], 1e-5)),
@@ -50,29 +51,36 @@ class Fast:
             ):
                 function(*args)
             torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a compiler, a driver or a launch says
             cls.why_not = f"{type(error).__name__}: {first_line(error)}"
             warnings.warn(f"Triton's kernels do not run here, so steps take longer: {cls.why_not}", stacklevel=3)
 
 
-def _by_tokens(function: Callable) -> Callable:
+def _by_tokens(own: bool = False) -> Callable[[Callable], Callable]:
     """Does a plain function on a GPU for PLAIN_TOKENS tokens after the other: tensors of as many tokens as the first
-    are split, the others are taken as they are."""
+    are split, the others are taken as they are. `own`: the first is overwritten with the first result."""
 
-    @functools.wraps(function)
-    def call(first: Tensor, *args):
-        if not first.is_cuda or len(first) <= PLAIN_TOKENS or Fast.for_(first):
-            return function(first, *args)
-        split = [isinstance(a, Tensor) and a.shape[:1] == first.shape[:1] and a.dim() > 1 for a in args]
-        parts = []
-        for begin in range(0, len(first), PLAIN_TOKENS):
-            at = slice(begin, begin + PLAIN_TOKENS)
-            parts.append(function(first[at], *(a[at] if s else a for a, s in zip(args, split, strict=True))))
-        if isinstance(parts[0], tuple):
-            return tuple(torch.cat(of) for of in zip(*parts, strict=True))
-        return torch.cat(parts)
+    def wrap(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(first: Tensor, *args):
+            if not first.is_cuda or len(first) <= PLAIN_TOKENS or Fast.for_(first):
+                return function(first, *args)
+            split = [isinstance(a, Tensor) and a.dim() > 1 and len(a) == len(first) for a in args]
+            results: list[Tensor] = [first] if own else []
+            for begin in range(0, len(first), PLAIN_TOKENS):
+                at = slice(begin, begin + PLAIN_TOKENS)
+                found = function(first[at], *(a[at] if s else a for a, s in zip(args, split, strict=True)))
+                found = found if isinstance(found, tuple) else (found,)
+                results += [first.new_empty((len(first), *part.shape[1:])) for part in found[len(results) :]]
+                for result, part in zip(results, found, strict=True):
+                    result[at] = part
+            return tuple(results) if len(results) > 1 else results[0]
 
-    return call
+        return call
+
+    return wrap
 
 
 def dequantize(weight: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ def dequantize(weight: Tensor) -> Tensor:
     return bnb.dequantize_4bit(weight.data, state)
 
 
-@_by_tokens
+@_by_tokens()
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root mean square norm over the last dimension, in fp32 (Zhang and Sennrich 2019)."""
     if Fast.for_(x):
@@ -95,7 +103,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * scaled.to(x.dtype)
 
 
-@_by_tokens
+@_by_tokens(own=True)
 def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     if Fast.for_(x):
         return _kernels().rms_norm_backward(gradient, x, weight, epsilon)
@@ -105,13 +113,13 @@ def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: floa
     return (root * (weighted - scaled * (weighted * scaled).mean(-1, keepdim=True))).to(x.dtype)
 
 
-@_by_tokens
+@_by_tokens()
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020)."""
     return _kernels().swiglu(gate, up) if Fast.for_(gate) else F.silu(gate) * up
 
 
-@_by_tokens
+@_by_tokens(own=True)
 def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     if Fast.for_(gate):
         return _kernels().swiglu_backward(gradient, gate, up)
@@ -121,7 +129,7 @@ def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     return (g * u * (sigmoid + silu * (1 - sigmoid))).to(gate.dtype), (g * silu).to(up.dtype)
 
 
-@_by_tokens
+@_by_tokens()
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
     """Rotary position embeddings (Su et al. 2021), in transformers' order of a head's numbers: halves, not pairs.
 

@@ -60,6 +60,11 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreT
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = end_token_ids(tokenizer)
     model.config.use_cache = False
+    for (
+        weight
+    ) in model.parameters():  # saved with bf16 arithmetic, most 4-bit checkpoints would be cast at each product
+        if getattr(weight, "quant_state", None) is not None:
+            weight.quant_state.dtype = DTYPES[plan.dtype]
     keep_gradients_on_cpu(model)
     lay_out(model, () if plan.fused else plan.layers)  # fused layers do it themselves
     return model

@@ -181,6 +181,10 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     interrupt = StopOnInterrupt()
     watchers = [LiveView(timeline), interrupt, *callbacks]
     trainer = scene.trainer = build_trainer(plan, model, data, folder, watchers, report_to)
+    if trainer.slow:
+        plan = scene.plan = plan.replace(reasons={**plan.reasons, "fused": trainer.slow})
+        scene.run = scene.run.replace(plan=plan)
+        replace_text(folder / "plan.json", plan.to_json())
     trainer.tokens = progress.steps[-1].tokens if progress.steps else 0
     instants.attach(trainer)
     saves = Saves(recipe, progress, timeline, folder)

@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from llamanb.data.encode import IGNORE
 from llamanb.data.packing import pack
 from llamanb.layout import Plan
+from llamanb.model.elementwise import Fast
 from llamanb.model.fused import FusedDecoder, fits_layer
 from llamanb.model.head import head_loss
 from llamanb.model.layers import lay_out
@@ -39,13 +40,18 @@ class StepTrainer(SFTTrainer):
         self.tokens = 0
         """Trained on so far, padding left out."""
         self.fused = None
+        self.slow = ""
+        """Why steps take longer than planned, in words."""
         if plan.fused:
             why_not = next(filter(None, map(fits_layer, self.model.get_decoder().layers)), "")
             if why_not:
                 warnings.warn(f"layers are not fused, and may take more memory than planned: {why_not}", stacklevel=2)
                 lay_out(self.model, plan.layers)
+                self.slow = f"not fused: {why_not}"
             else:
                 self.fused = FusedDecoder(self.model, plan.layers, plan.kernel)
+                if plan.card.is_gpu and Fast.why_not:
+                    self.slow = f"fused, but without kernels: {Fast.why_not}"
 
     def layers_done(self) -> None:
         """Called between the last layer and the loss; for who watches."""

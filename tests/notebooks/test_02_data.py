@@ -26,15 +26,12 @@ def page(notebook, cell_id: str) -> str:
 
 
 def count_packed(lengths: list[int], limit: int) -> int:
-    """Micro-batches that first-fit decreasing fills, the plain way."""
-    room: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        place = next((i for i, left in enumerate(room) if left >= length), None)
-        if place is None:
-            room.append(limit - length)
-        else:
-            room[place] -= length
-    return len(room)
+    """Micro-batches of rows of similar length, as many as fit when each counts as the longest."""
+    left, count = sorted(lengths), 0
+    while left:
+        del left[-max(1, limit // left[-1]) :]
+        count += 1
+    return count
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,7 @@ def test_kernels_that_do_not_run_are_left_with_one_warning(monkeypatch):
     monkeypatch.setattr(Fast, "why_not", "")
     monkeypatch.setattr(Fast, "for_", classmethod(lambda cls, x: not cls.why_not))
     monkeypatch.setattr(elementwise, "_kernels", refuses)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     weight = torch.ones(4)
     with pytest.warns(UserWarning, match="do not run here.*RuntimeError: Failed to find C compiler"):
         Fast.try_on(weight)
@@ -65,6 +66,19 @@ def test_kernels_that_do_not_run_are_left_with_one_warning(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Fast.try_on(weight)  # once is enough
+
+
+def test_too_little_memory_is_no_reason_against_kernels(monkeypatch):
+    def runs_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Fast, "why_not", "")
+    monkeypatch.setattr(Fast, "for_", classmethod(lambda cls, x: True))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(elementwise, "_kernels", runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        Fast.try_on(torch.ones(4))
+    assert Fast.why_not == ""
 
 
 def test_on_a_cpu_nothing_is_tried(monkeypatch):

@@ -10,6 +10,7 @@ from llamanb.data.encode import load_tokenizer
 from llamanb.errors import ModelError
 from llamanb.layout import EXPANDED_ATTENTION
 from llamanb.model import attach_adapters, attention, load_model, save_model, write_model_card
+from llamanb.model.elementwise import dequantize
 from llamanb.model.layers import lay_out
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED
 
@@ -175,7 +176,9 @@ def test_prequantized_checkpoint_computes_in_the_plans_dtype(mini, tmp_path):
     assert saved["bnb_4bit_compute_dtype"] == "bfloat16"
     model, _ = base(tmp_path, precision="fp32")
     assert linears(model) == {"Linear4bit"}
-    assert model.model.layers[0].self_attn.q_proj.compute_dtype == torch.float32
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.compute_dtype == torch.float32
+    assert dequantize(layer.weight).dtype == torch.float32, "in one go, and not rounded to bf16 on the way"
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "qlora-fp4", "qlora-int8"])

@@ -63,7 +63,7 @@ def pair(one: str, other: str, **figures) -> dict:
 
 SPEEDS = {
     "int8 is faster than 4-bit": ("int8", "transformers' layers"),
-    "padding costs speed": ("rows, not padded", "rows, padded"),
+    "padding costs speed": ("transformers' layers", "rows, padded"),
     "quantizing to 4 bits costs speed": ("unquantized", "nf4"),
     "gradient accumulation costs speed": ("micro-batch 4", "micro-batch 1"),
 }

@@ -362,3 +362,14 @@ def test_training_in_another_thread_minds_no_signals(recipe, tmp_path):
     thread.start()
     thread.join()
     assert runs[0].status == "finished"
+
+
+def test_a_run_s_plan_says_why_its_steps_take_longer(recipe, tmp_path, monkeypatch):
+    from llamanb.model import fused
+
+    monkeypatch.setattr(fused, "fits_layer", lambda layer: "a layer of another kind")
+    monkeypatch.setattr("llamanb.training.step.fits_layer", fused.fits_layer)
+    with pytest.warns(UserWarning, match="a layer of another kind"):
+        run = train(plan(recipe(eval_rows=0), CPU).replace(fused=True), name="run", runs=tmp_path)
+    assert run.plan.reasons["fused"] == "not fused: a layer of another kind"
+    assert show_run(run.folder).plan.reasons == run.plan.reasons
