@@ -73,7 +73,7 @@ def provoke(cause: str, checkpoints: Path, rows: Path, runs: str) -> OutOfMemory
         made = plan(recipe.replace(micro_batch_size=4), limited(14.4))
         keep.append(torch.empty(8 * GIB, dtype=torch.uint8, device="cuda"))
     try:
-        train(made, name="oom", runs=runs)
+        train(made, name="oom", runs=runs, resume=False)
     except OutOfMemoryError as error:
         return error
     finally:

@@ -24,7 +24,7 @@ def main(recipe_json: str, runs: str) -> None:
     begin = time.monotonic()
     card = Card.pretend("T4")
     p = plan(Recipe.from_json(recipe_json), card)
-    run = train(p, name="gpu", runs=runs)
+    run = train(p, name="gpu", runs=runs, resume=False)
     result = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
