@@ -325,7 +325,9 @@ def test_the_plan_form_is_a_view_of_plan():
     assert form.card == KNOWN["T4"]
     assert form.plan == plan(LLAMA_8B, "T4")
     assert form.plan.bar()._repr_html_() in message(form)
-    assert "it fits: 16 × 1 rows of up to 1024 tokens" in message(form)
+    assert f"it fits: {form.plan.accumulation} × {form.plan.micro_batch_size} rows of up to 1024 tokens" in message(
+        form
+    )
     assert f"{form.plan.step_s:.1f} s a step, " in message(form)
 
 
@@ -357,9 +359,9 @@ def test_what_does_not_fit_shows_what_takes_the_room_and_what_would():
 
 
 def test_what_is_over_by_its_margin_only_is_over_in_the_bar_too():
-    fits = plan_form(LLAMA_8B, "T4")
-    smaller = dataclasses.replace(KNOWN["T4"], free_gib=fits.plan.needs_gib / 0.985)
-    form = plan_form(LLAMA_8B.replace(micro_batch_size=1, checkpointing="none"), smaller)
+    asked = LLAMA_8B.replace(micro_batch_size=1, checkpointing="none")
+    smaller = dataclasses.replace(KNOWN["T4"], free_gib=plan_form(asked, "T4").plan.needs_gib / 0.985)
+    form = plan_form(asked, smaller)
     assert "GiB too much" in message(form)
 
 
