@@ -85,7 +85,7 @@ def test_every_widget_moved_by_keyboard_changes_the_bar(open_lab):
     field(lab, "Length").focus()
     moved(lab, lambda: lab.page.keyboard.press("ArrowUp"))
     expect(field(lab, "Length")).to_have_value("1152")
-    moved(lab, lambda: write(lab, "Length", "2048"))
+    moved(lab, lambda: write(lab, "Length", "4096"))
     expect(lab.output("form")).to_contain_text(
         re.compile(r"the last change: .*, \d+ more layers recomputed, .* more a step")
     )
@@ -96,7 +96,7 @@ def test_every_widget_moved_by_keyboard_changes_the_bar(open_lab):
     expect(row(lab, "Adapters on")).to_contain_text("4 of the 7 matrices")
     moved(lab, lambda: write(lab, "Micro-batch", "2"))
     write(lab, "Batch", "6")
-    expect(lab.output("form")).to_contain_text("3 × 2 rows of up to 2048 tokens")
+    expect(lab.output("form")).to_contain_text("3 × 2 rows of up to 4096 tokens")
     write(lab, "Epochs", "2")
     expect(lab.output("form")).to_contain_text("the last change: no more memory, no less")
     write(lab, "Steps", "10")
@@ -114,7 +114,7 @@ def test_every_widget_moved_by_keyboard_changes_the_bar(open_lab):
 
     lab.run_cell("plan")
     expect(lab.output("plan")).to_contain_text("meta-llama/Llama-3.2-1B-Instruct, lora, on H100")
-    expect(lab.output("plan")).to_contain_text("3 × 2 rows of up to 2048 tokens")
+    expect(lab.output("plan")).to_contain_text("3 × 2 rows of up to 4096 tokens")
     assert lab.noise() == []
     assert lab.cut_off() == []
 
