@@ -129,13 +129,27 @@ def _guess(work: Workload) -> Memory:
 
 
 def _replayed(candidate: Candidate, card: Card, limit: float, recipe: Recipe) -> Candidate:
-    """The candidate with its gaps replayed, and so many more layers recomputed that it fits with them."""
+    """The candidate with its gaps replayed, and with as few layers recomputed as fit with them."""
     now = _candidate(candidate.work, card, predict(candidate.work))
-    while now.memory.reserved > limit and recipe.checkpointing == "auto" and set(now.work.layers) != {CHECKPOINTED}:
-        room = limit - (now.memory.reserved - outline(now.work).allocated)
-        work = fewest_recomputed(now.work, lambda one, room=room: outline(one).allocated <= room, now.steps + 1)
+    if recipe.checkpointing != "auto":
+        return now
+    less = _within(now.work, limit - _gaps(now), 0)
+    if recomputed_steps(less) < now.steps:
+        less = _candidate(less, card, predict(less))
+        now = less if less.memory.reserved <= limit else now
+    while now.memory.reserved > limit and set(now.work.layers) != {CHECKPOINTED}:
+        work = _within(now.work, limit - _gaps(now), now.steps + 1)
         now = _candidate(work, card, predict(work))
     return now
+
+
+def _gaps(candidate: Candidate) -> int:
+    """Bytes that the allocator adds to the outline."""
+    return candidate.memory.reserved - outline(candidate.work).allocated
+
+
+def _within(work: Workload, room: float, least: int) -> Workload:
+    return fewest_recomputed(work, lambda one: outline(one).allocated <= room, least)
 
 
 def _cost(candidate: Candidate) -> tuple[float, int]:

@@ -7,14 +7,15 @@ alone. Of a layer are kept: its input, queries, keys, values, attention's output
 gate and up; of the adapters their low rank.
 
 The base's weights are dequantized for each product and never kept; adapters are added by products that accumulate
-(`addmm`). Gradients reach the adapters and the layer's input: the base is frozen. `fits_layer` says which layers this
-can do.
+(`addmm`), from copies in the layers' dtype that are made once for an optimizer step (`FusedDecoder.step`). Gradients
+reach the adapters and the layer's input: the base is frozen. `fits_layer` says which layers this can do.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,23 +60,40 @@ class Linear(NamedTuple):
         weight = self.base.weight
         return (dequantize(weight) if hasattr(weight, "quant_state") else weight.detach()).to(dtype)
 
-    def add_adapter(self, output: Tensor, low: Tensor) -> None:
-        output.addmm_(low, self.up.to(output.dtype).t(), alpha=self.scale)
+
+class Copies(NamedTuple):
+    """The adapters of a part in the layers' dtype."""
+
+    down: Tensor
+    """Every A, one below the other, times its scale: (sum of ranks, in)."""
+    ups: tuple[Tensor, ...]
+    """Every B: (out, rank)."""
 
 
 class Part:
     """Linear layers that read the same value."""
 
+    copies: Copies | None = None
+    """Of the adapters, for as long as an optimizer step takes."""
+
     def __init__(self, prologue: Prologue, *modules: nn.Module):
         self.prologue, self.linears = prologue, tuple(map(Linear.of, modules))
-        adapted = [i for i, linear in enumerate(self.linears) if linear.down is not None]
-        self.adapters = tuple(t for i in adapted for t in (self.linears[i].down, self.linears[i].up))
-        """A and B of each linear layer that has them."""
-        self.places: list[tuple[int, slice]] = []
-        """Which linear layers those are, and where each one's rank lies among all."""
-        for i in adapted:
-            begin = self.places[-1][1].stop if self.places else 0
-            self.places.append((i, slice(begin, begin + len(self.linears[i].down))))
+        adapted = [(i, linear) for i, linear in enumerate(self.linears) if linear.down is not None]
+        ranks = [len(linear.down) for _, linear in adapted]
+        ends = itertools.accumulate(ranks)
+        self.places = [(i, slice(end - rank, end)) for (i, _), rank, end in zip(adapted, ranks, ends, strict=True)]
+        """Which linear layers have adapters, and where each one's rank lies among all."""
+        self.scales = [linear.scale for _, linear in adapted]
+        self.adapters = (*(linear.down for _, linear in adapted), *(linear.up for _, linear in adapted))
+        """Every A, then every B."""
+
+    def copy_in(self, flat: Tensor) -> list[Tensor]:
+        """Makes `copies` in a tensor of as many elements; returns the place of each of `adapters`."""
+        downs, ups = self.adapters[: len(self.places)], self.adapters[len(self.places) :]
+        down, *rest = flat.split([sum(t.numel() for t in downs), *(t.numel() for t in ups)])
+        down = down.view(-1, downs[0].shape[1])
+        self.copies = Copies(down, tuple(t.view_as(up) for t, up in zip(rest, ups, strict=True)))
+        return [*(down[at] for _, at in self.places), *self.copies.ups]
 
     def __call__(self, *inputs: Tensor, residual: Tensor | None = None) -> tuple[Tensor, ...]:
         """Each linear layer's output, (tokens, out); `residual` is added to the only one."""
@@ -102,11 +120,11 @@ class _Products(torch.autograd.Function):
 def _forward(part: Part, residual: Tensor | None, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Outputs, and the value in the adapters' low rank: (tokens, sum of ranks)."""
     value = part.prologue.value(*inputs)
-    down = _stacked(part, value.dtype)
-    low = value @ down.t() if down is not None else None
+    low = value @ part.copies.down.t() if part.places else None
     outputs = tuple(_product(value, linear, residual) for linear in part.linears)
-    for i, at in part.places:
-        part.linears[i].add_adapter(outputs[i], low[:, at])
+    if low is not None:
+        for (i, at), up in zip(part.places, part.copies.ups, strict=True):
+            outputs[i].addmm_(low[:, at], up.t())
     return outputs, low
 
 
@@ -115,12 +133,10 @@ def _backward(
 ) -> tuple[tuple[Tensor | None, ...], list[Tensor]]:
     """Gradients of the inputs (where `wanted`) and of the adapters. `low` as `_forward` made it; made again where it
     was not kept."""
-    dtype = gradients[0].dtype
-    down = _stacked(part, dtype)
     of_low, of_adapters = None, []
-    if down is not None:
+    if part.places:
         value = part.prologue.value(*inputs)
-        low = value @ down.t() if low is None else low
+        low = value @ part.copies.down.t() if low is None else low
         of_low, of_adapters = _adapters_backward(part, value, low, gradients)
         del value
     if not wanted:
@@ -129,7 +145,7 @@ def _backward(
     for linear, gradient in zip(part.linears, gradients, strict=True):
         of_value = _product_backward(gradient, linear, of_value)
     if of_low is not None:
-        of_value.addmm_(of_low, down)
+        of_value.addmm_(of_low, part.copies.down)
     return part.prologue.backward(of_value, *inputs), of_adapters
 
 
@@ -137,15 +153,13 @@ def _adapters_backward(
     part: Part, value: Tensor, low: Tensor, gradients: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient of `low`, and those of each adapter's A and B."""
-    of_lows, of_ups = [], []
-    for i, at in part.places:
-        linear, gradient = part.linears[i], gradients[i]
-        of_lows.append(gradient @ (linear.up * linear.scale).to(gradient.dtype))
-        of_ups.append(_wide(gradient.t(), low[:, at]).mul_(linear.scale))
-    of_low = torch.cat(of_lows, dim=1)
+    of_low, of_ups = torch.empty_like(low), []
+    for (i, at), up in zip(part.places, part.copies.ups, strict=True):
+        torch.mm(gradients[i], up, out=of_low[:, at])
+        of_ups.append(_wide(gradients[i].t(), low[:, at]))
     of_downs = _wide(of_low.t(), value)
-    pairs = zip((of_downs[at].clone() for _, at in part.places), of_ups, strict=True)
-    return of_low, [t for pair in pairs for t in pair]
+    scaled = (of_downs[at] * scale for (_, at), scale in zip(part.places, part.scales, strict=True))
+    return of_low, [*scaled, *of_ups]
 
 
 def _product(value: Tensor, linear: Linear, residual: Tensor | None) -> Tensor:
@@ -156,12 +170,6 @@ def _product(value: Tensor, linear: Linear, residual: Tensor | None) -> Tensor:
 def _product_backward(gradient: Tensor, linear: Linear, sum_: Tensor | None) -> Tensor:
     weight = linear.weight(gradient.dtype)
     return gradient @ weight if sum_ is None else sum_.addmm_(gradient, weight)
-
-
-def _stacked(part: Part, dtype: torch.dtype) -> Tensor | None:
-    """LoRA's A of all linear layers, one below the other: (sum of ranks, in)."""
-    downs = [linear.down for linear in part.linears if linear.down is not None]
-    return torch.cat(downs).to(dtype) if downs else None
 
 
 def _wide(a: Tensor, b: Tensor) -> Tensor:
@@ -238,6 +246,7 @@ class FusedLayer:
         self.o = Part(AS_IT_IS, attention.o_proj)
         self.gate_up = Part(_norm(layer.post_attention_layernorm), mlp.gate_proj, mlp.up_proj)
         self.down = Part(SWIGLU, mlp.down_proj)
+        self.parts = [part for part in (self.entry, self.o, self.gate_up, self.down) if part.places]
 
     def attend(self, x: Tensor, places: Places) -> Tensor:
         """The stream after attention."""
@@ -296,11 +305,22 @@ class FusedDecoder:
         self.decoder = model.get_decoder()
         Fast.try_on(self.decoder.norm.weight)
         self.layers = [FusedLayer(layer) for layer in self.decoder.layers]
+        self.parts = [part for layer in self.layers for part in layer.parts]
         self.kinds = layers or (STORED,) * len(self.layers)
         self.kernel = kernel
 
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the micro-batches of an optimizer step."""
+        copy_adapters(self.parts, self.decoder.norm.weight)
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                part.copies = None
+
     def __call__(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Hidden states, (tokens, hidden), of the token ids of rows of these lengths, (tokens,)."""
+        """Hidden states, (tokens, hidden), of the token ids of rows of these lengths, (tokens,). Inside of `step`."""
         with torch.autocast(ids.device.type, enabled=False):
             x = self.decoder.embed_tokens(ids)
             positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device, non_blocking=True)
@@ -310,6 +330,16 @@ class FusedDecoder:
                 x = layer(x, places, kind)
             norm = self.decoder.norm
             return _Normed.apply(x, norm.weight, norm.variance_epsilon)
+
+
+def copy_adapters(parts: Sequence[Part], like: Tensor) -> None:
+    """Sets each part's `copies`: the adapters as they are now, in one tensor of the dtype and device of `like`."""
+    adapters = [t.detach() for part in parts for t in part.adapters]
+    sizes = [sum(t.numel() for t in part.adapters) for part in parts]
+    pieces = like.new_empty(sum(sizes)).split(sizes)
+    torch._foreach_copy_([t for part, piece in zip(parts, pieces, strict=True) for t in part.copy_in(piece)], adapters)
+    downs = [part.copies.down[at] for part in parts for _, at in part.places]
+    torch._foreach_mul_(downs, [scale for part in parts for scale in part.scales])
 
 
 def fits_layer(layer: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llamanb.tape.linear import LinearLayers
 from llamanb.tape.workload import (
     ACTIVATIONS,
+    ADAPTERS,
     BACKWARD,
     CHECKPOINTED,
     FORWARD,
@@ -27,19 +28,12 @@ class FusedLayers(LinearLayers):
         their outputs and the adapters' low rank, which is kept."""
         new, free, N, e = self.new, self.free, self.tokens, self.e
         adapted = [name for name in names if name in self.targets]
-        low = None
-        if adapted:
-            down = self._down(names)
-            low = new(e * N * self.work.rank * len(adapted))
+        low = new(e * N * self.work.rank * len(adapted)) if adapted else None
         outputs = []
         for name in names:
             weight = self._weight(name)
             outputs.append(new(e * N * self.sides[name][1]))
             free(weight)
-            if name in self.targets:
-                free(new(e * self.work.rank * self.sides[name][1]) if self.half else None)
-        if adapted:
-            free(down)
         free(value)
         if save:
             self.keep(*outputs, low)
@@ -52,16 +46,6 @@ class FusedLayers(LinearLayers):
         inputs, outputs = self.sides[name]
         return self.new(self.e * inputs * outputs) if self.work.quantization else None
 
-    def _down(self, names: tuple[str, ...]) -> int:
-        """The adapters' A of several linear layers, in one tensor of the step's arithmetic."""
-        adapted = sum(name in self.targets for name in names)
-        stacked = self.new(4 * self.work.rank * self.sides[names[0]][0] * adapted)
-        if not self.half:
-            return stacked
-        cast = self.new(self.e * self.work.rank * self.sides[names[0]][0] * adapted)
-        self.free(stacked)
-        return cast
-
     def products_backward(
         self, layer: int, names: tuple[str, ...], value: bool, low: int | None, wanted: bool = True
     ) -> int | None:
@@ -70,23 +54,14 @@ class FusedLayers(LinearLayers):
         new, free, work, N, e = self.new, self.free, self.work, self.tokens, self.e
         rank, inputs = work.rank, self.sides[names[0]][0]
         adapted = [name for name in names if name in self.targets]
-        made = down = of_low = again = None
+        of_low = again = None
         grown = []
         if adapted:
-            down = self._down(names)
             made = new(e * N * inputs) if value else None
             again = new(e * N * rank * len(adapted)) if low is None else None
-            lows = []
-            for name in adapted:
-                outputs = self.sides[name][1]
-                scaled = new(4 * rank * outputs)
-                cast = new(e * rank * outputs) if self.half else None
-                free(scaled if cast is not None else None)
-                lows.append(new(e * N * rank))
-                free(cast if cast is not None else scaled)
-                grown.append(((layer, name, "B"), new(4 * rank * outputs)))
             of_low = new(e * N * rank * len(adapted))
-            free(*lows)
+            for name in adapted:
+                grown.append(((layer, name, "B"), new(4 * rank * self.sides[name][1])))
             all_down = new(4 * rank * inputs * len(adapted))
             for name in adapted:
                 grown.append(((layer, name, "A"), new(4 * rank * inputs)))
@@ -96,7 +71,7 @@ class FusedLayers(LinearLayers):
             weight = self._weight(name)
             of_value = new(e * N * inputs) if of_value is None else of_value
             free(weight)
-        free(down, of_low, again)
+        free(of_low, again)
         self.grown = grown
         return of_value
 
@@ -209,6 +184,9 @@ class FusedLayers(LinearLayers):
     def fused_micro_batch(self) -> None:
         work, new, free, N = self.work, self.new, self.free, self.tokens
         self.tape.mark(FORWARD)
+        copies = new(
+            self.e * sum(self.trained), ADAPTERS
+        )  # once for a step, not for a micro-batch; the peak is the same
         angles = [new(self.e * N * work.model.head_size, ACTIVATIONS) for _ in range(2)]
         x = new(self.e * N * self.hidden, ACTIVATIONS)
         saved = []
@@ -238,4 +216,4 @@ class FusedLayers(LinearLayers):
                 x = new(self.e * N * self.hidden, ACTIVATIONS)
             gradient = self.fused_backward(i, work.layers[i], gradient, kept)
             free(x)
-        free(gradient, *angles)
+        free(gradient, *angles, copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -59,11 +60,12 @@ class StepTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         model.train()
         total = 0
-        for micro in self._micro_batches(inputs):
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, self._prepare_inputs(micro), num_items_in_batch=num_items_in_batch)
-            self.accelerator.backward(loss)
-            total += loss.detach()
+        with self.fused.step() if self.fused else contextlib.nullcontext():
+            for micro in self._micro_batches(inputs):
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, self._prepare_inputs(micro), num_items_in_batch=num_items_in_batch)
+                self.accelerator.backward(loss)
+                total += loss.detach()
         self.tokens += sum(inputs["lengths"])
         self._metrics["train"]["num_tokens"] = [self.tokens]
         return total

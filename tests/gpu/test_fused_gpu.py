@@ -50,9 +50,10 @@ def gradients(model, kinds, kernel: str, lengths: list[int], scale: float) -> tu
     ids = torch.randint(0, 128_000, (sum(lengths),)).cuda()
     labels = torch.cat([torch.cat((row[1:], row.new_full((1,), -100))) for row in ids.split(lengths)])
     model.zero_grad()
-    hidden = FusedDecoder(model, kinds, kernel)(ids, lengths)
-    loss = head_loss(hidden, model.get_output_embeddings().weight, labels) / sum(lengths)
-    (loss * scale).backward()
+    decoder = FusedDecoder(model, kinds, kernel)
+    with decoder.step():
+        loss = head_loss(decoder(ids, lengths), model.get_output_embeddings().weight, labels) / sum(lengths)
+        (loss * scale).backward()
     found = {name: p.grad.double() / scale for name, p in model.named_parameters() if p.requires_grad}
     return loss.item(), found
 

@@ -16,7 +16,7 @@ from llamanb.data.encode import IGNORE, load_tokenizer
 from llamanb.model import attach_adapters, load_model
 from llamanb.model import fused as module
 from llamanb.model.attention import for_rows
-from llamanb.model.fused import FusedDecoder, FusedLayer, Part, Places, fits_layer
+from llamanb.model.fused import FusedDecoder, FusedLayer, Part, Places, copy_adapters, fits_layer
 from llamanb.model.head import head_loss
 from llamanb.recipe import LINEAR_LAYERS
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
@@ -79,9 +79,11 @@ def expected(model, ids, labels):
 
 
 def found(model, ids, labels, layers=()):
-    hidden = FusedDecoder(model, layers, "")(torch.cat(ids), [len(row) for row in ids])
-    loss = head_loss(hidden, model.get_output_embeddings().weight, torch.cat(labels).roll(-1))
-    loss.backward()
+    decoder = FusedDecoder(model, layers, "")
+    with decoder.step():
+        hidden = decoder(torch.cat(ids), [len(row) for row in ids])
+        loss = head_loss(hidden, model.get_output_embeddings().weight, torch.cat(labels).roll(-1))
+        loss.backward()
     return loss.item(), gradients(model)
 
 
@@ -165,10 +167,12 @@ def test_16_bit_layers_give_fp32_gradients_near_those_of_32_bits():
 def test_rows_do_not_see_each_other(shared, kind):
     ids, _ = rows_of(UNEVEN)
     decoder = FusedDecoder(shared, (kind,) * 4, "")
-    together = decoder(torch.cat(ids), UNEVEN).split(UNEVEN)
     head = shared.get_output_embeddings().weight
-    for row, hidden in zip(ids, together, strict=True):
-        torch.testing.assert_close(hidden, decoder(row, [len(row)]), rtol=0, atol=1e-5)
+    with decoder.step():
+        together = decoder(torch.cat(ids), UNEVEN).split(UNEVEN)
+        apart = [decoder(row, [len(row)]) for row in ids]
+    for row, hidden, alone in zip(ids, together, apart, strict=True):
+        torch.testing.assert_close(hidden, alone, rtol=0, atol=1e-5)
         logits = shared(input_ids=row[None]).logits[0]
         torch.testing.assert_close(hidden @ head.t(), logits, rtol=0, atol=1e-5)
 
@@ -178,7 +182,9 @@ def test_positions_begin_anew_with_each_row(shared, monkeypatch):
     ids, _ = rows_of(UNEVEN)
     positions, rotary = [], shared.get_decoder().rotary_emb
     monkeypatch.setattr(rotary, "forward", lambda x, at, forward=rotary.forward: positions.append(at) or forward(x, at))
-    FusedDecoder(shared, (), "")(torch.cat(ids), UNEVEN)
+    decoder = FusedDecoder(shared, (), "")
+    with decoder.step():
+        decoder(torch.cat(ids), UNEVEN)
     assert [at.tolist() for at in positions] == [[[i for n in UNEVEN for i in range(n)]]]
 
 
@@ -194,8 +200,11 @@ def test_a_second_backward_adds_the_same_or_refuses(kind):
     model = tiny(2)
     ids, labels = rows_of(UNEVEN)
 
+    decoder = FusedDecoder(model, (kind,) * 2, "")
+    copy_adapters(decoder.parts, model.get_decoder().norm.weight)
+
     def loss():
-        hidden = FusedDecoder(model, (kind,) * 2, "")(torch.cat(ids), UNEVEN)
+        hidden = decoder(torch.cat(ids), UNEVEN)
         return head_loss(hidden, model.get_output_embeddings().weight, torch.cat(labels).roll(-1))
 
     made = loss()
@@ -238,6 +247,7 @@ def test_products_against_differences(double, name, residual):
     stream = [numbers(4, 32)] if residual else []
 
     def products(*tensors):
+        copy_adapters([part], tensors[0])
         return part(*tensors[: len(inputs)], residual=tensors[len(inputs)] if residual else None)
 
     # The adapters are the part's own tensors, which gradcheck changes in place
@@ -268,8 +278,13 @@ def places(lengths, dtype=torch.float64):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_layer_against_differences(double, kind):
     layer, at = FusedLayer(double), places((2, 1))
-    adapters = [t for part in (layer.entry, layer.o, layer.gate_up, layer.down) for t in part.adapters]
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x, at, kind), (numbers(3, 32), *adapters), fast_mode=True)
+    adapters = [t for part in layer.parts for t in part.adapters]
+
+    def whole(x, *_):
+        copy_adapters(layer.parts, x)
+        return layer(x, at, kind)
+
+    assert torch.autograd.gradcheck(whole, (numbers(3, 32), *adapters), fast_mode=True)
 
 
 def test_rotation_and_last_norm_against_differences(double):
@@ -293,6 +308,7 @@ rank."""
 def test_a_layer_keeps_what_the_module_says_and_the_tape_plans(shared, kind):
     layer, at, tokens = FusedLayer(shared.get_decoder().layers[0]), places((4, 4), torch.float32), 8
     kept = {}
+    copy_adapters(layer.parts, at.cos)
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
@@ -385,3 +401,29 @@ def test_int8_is_told(mini):
     recipe = Recipe(model=str(mini), method="qlora-int8")
     model = load_model(plan(recipe, Card("CPU", None)), load_tokenizer(mini))
     assert fits_layer(attach_adapters(model, recipe).get_decoder().layers[0]) == "int8"
+
+
+def test_adapters_are_copied_once_for_all_of_a_steps_products(shared, monkeypatch):
+    ids, labels = rows_of(UNEVEN)
+    decoder, copied = FusedDecoder(shared, (STORED, HALVED, CHECKPOINTED, OFFLOADED), ""), []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: copied.append(args) or copy(*args))
+    first = next(p for p in shared.parameters() if p.requires_grad)
+    before = first.detach().clone()
+
+    def losses():
+        head = shared.get_output_embeddings().weight
+        return [
+            head_loss(decoder(row, [len(row)]), head, right.roll(-1)) for row, right in zip(ids, labels, strict=True)
+        ]
+
+    with decoder.step():
+        was = [loss.item() for loss in losses()]
+        first.data.add_(1)  # as an optimizer does, between steps
+        assert [loss.item() for loss in losses()] == was
+    with decoder.step():
+        assert [loss.item() for loss in losses()] != was
+    assert len(copied) == 2
+    first.data.copy_(before)
+    with pytest.raises(AttributeError):  # never without the adapters, in silence
+        losses()
