@@ -2,7 +2,9 @@
 
 Models of a few random layers go through the same loading, the same trainer and the same loss for some steps. What they
 take beyond the prediction for them is carried to the plan's depth, each part of the step by itself, since the parts
-grow differently with depth; what a layer of each kind adds to a micro-batch's time is carried the same way.
+grow differently with depth; what a layer of each kind adds to a micro-batch's time is carried the same way. Where a
+micro-batch is short, the corrected plan is tried once more as it is, with all of its layers: steps then wait for
+Python, whose time varies by more than a layer takes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from llamanb.architecture import Architecture, architecture
 from llamanb.card import Card
 from llamanb.errors import GpuError
 from llamanb.layout import GIB, Plan
-from llamanb.memory import SEEN, Memory, outline, predict
+from llamanb.memory import SEEN, Memory, outline, predict, segments_grow
 from llamanb.planner import MARGIN_REHEARSED, workload_of
 from llamanb.search import fewest_recomputed
 from llamanb.speed import StepTime, flops
@@ -31,6 +33,8 @@ FEW, MORE = 2, 6
 """Layers of a kind in the first model, and by how many at most the others have more of one kind."""
 STEPS, ENOUGH_S, LEAST_STEPS = 24, 3.0, 3
 """Optimizer steps of each model at most; so many seconds are enough, after so many steps. The first also warms up."""
+SHORT_S = 0.4
+"""Predicted seconds of a micro-batch up to which all layers are tried too. Most of them are made in a second or two."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,14 @@ def rehearse(plan: Plan) -> Plan:
     _require_gpu(card)
     shape = architecture(plan.recipe.model, plan.recipe.revision)
     work = workload_of(plan, shape)
-    trials = [_try(plan, shape, layers) for layers in _small_layouts(plan, work)]
-    return _corrected(plan, work, trials)
+    short = segments_grow() and plan.time and plan.step_s <= plan.accumulation * SHORT_S
+    enough_s = 0.0 if short else ENOUGH_S  # for their memory alone, or for their time too
+    trials = [_try(plan, shape, layers, enough_s) for layers in _small_layouts(plan, work)]
+    made = _corrected(plan, work, trials)
+    if not short:
+        return made
+    whole = _try(made, shape, made.layers, ENOUGH_S)
+    return _corrected(made, work.replace(layers=made.layers), [whole], f"{made.basis}, and one with all {shape.layers}")
 
 
 def _require_gpu(card: Card) -> None:
@@ -106,8 +116,8 @@ def _fits(plan: Plan, work: Workload, layers: tuple[str, ...]) -> bool:
     return predict(small).reserved <= room * GIB
 
 
-def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
-    """Trains a model of these layers for STEPS steps of random rows."""
+def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...], enough_s: float) -> _Trial:
+    """Trains a model of these layers for STEPS steps of random rows, or until so many seconds are over."""
     import torch
 
     from llamanb.data import TrainingData
@@ -144,7 +154,7 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
             # a step of 8B takes 15 % less.
             trainer.args.train_sampling_strategy = "sequential"
             instants.attach(trainer)
-            trainer.add_callback(_enough())
+            trainer.add_callback(_enough(enough_s))
             trainer.train()
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)  # they hold the model
@@ -163,15 +173,15 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...]) -> _Trial:
     return _Trial(layers, peaks, instants.reserved - others, micro, optimizer)
 
 
-def _enough():
-    """Ends a trial after ENOUGH_S."""
+def _enough(seconds: float):
+    """Ends a trial after so long, or LEAST_STEPS."""
     from transformers import TrainerCallback
 
     class Enough(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 self.begin_s = time.monotonic()
-            elif state.global_step >= LEAST_STEPS and time.monotonic() - self.begin_s >= ENOUGH_S:
+            elif state.global_step >= LEAST_STEPS and time.monotonic() - self.begin_s >= seconds:
                 control.should_training_stop = True
 
     return Enough()
@@ -183,15 +193,16 @@ def _make_workspaces(torch) -> None:
     (square @ square).sum().backward()
 
 
-def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
-    """The plan with what the trials showed; its layers filled up to MARGIN_REHEARSED of the card."""
+def _corrected(plan: Plan, work: Workload, trials: list[_Trial], basis: str = "") -> Plan:
+    """The plan with what the trials showed; its layers filled up to MARGIN_REHEARSED of the card, unless all of them
+    were tried."""
     limit = plan.card.free_gib * GIB * (1 - MARGIN_REHEARSED)
     why = plan.reasons.get("layers", "")
-    if plan.recipe.checkpointing == "auto" and OFFLOADED not in work.layers:
+    depths = [len(trial.layers) for trial in trials]
+    if plan.recipe.checkpointing == "auto" and OFFLOADED not in work.layers and len(work.layers) not in depths:
         work = fewest_recomputed(work, lambda one: _memory(one, trials).reserved <= limit)
         why = f"as few layers recomputed as fit {limit / GIB:.2f} GiB, as rehearsed"
         why = why if set(work.layers) != {STORED} else "all of them fit"
-    depths = [len(trial.layers) for trial in trials]
     made = plan.replace(
         layers=work.layers,
         memory=_memory(work, trials),
@@ -199,7 +210,7 @@ def _corrected(plan: Plan, work: Workload, trials: list[_Trial]) -> Plan:
         limit_gib=limit / GIB,
         reasons={**plan.reasons, "layers": why},
         alternatives=(),  # they were predicted, and not rehearsed
-        basis=f"{len(trials)} rehearsals with {min(depths)} to {max(depths)} layers on this GPU",
+        basis=basis or f"{len(trials)} rehearsals with {min(depths)} to {max(depths)} layers on this GPU",
     )
     if not made.fits:
         raise does_not_fit(made, work.model, rehearsed=True)

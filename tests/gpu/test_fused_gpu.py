@@ -5,14 +5,21 @@ Two layers of Llama 3.2 1B's shape, adapters on all linear layers, the same weig
 
 from dataclasses import replace
 
+import bitsandbytes.functional as bnb
 import pytest
+import torch
+from peft.tuners.lora import LoraLayer
 
 from llamanb import Card, Recipe
 from llamanb.architecture import architecture
+from llamanb.model import attach_adapters, load_model
+from llamanb.model.elementwise import Fast, dequantize
+from llamanb.model.fused import FusedDecoder
+from llamanb.model.head import head_loss
 from llamanb.planner import search
+from llamanb.rehearsal import _tokenizer
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
 
-torch = pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
@@ -22,13 +29,10 @@ LAYERS = 2
 LENGTHS = {"even": [256, 256], "uneven": [256, 31, 200]}
 
 
-def model_in(precision: str, kernel: str, weights: dict | None = None):
+def model_in(kernel: str, weights: dict | None = None):
     """The model with adapters, and its plan; with the adapters' `weights` where they are given."""
-    from llamanb.model import attach_adapters, load_model
-    from llamanb.rehearsal import _tokenizer
-
     shape = replace(architecture(MODEL), layers=LAYERS)
-    recipe = Recipe(model=MODEL, precision=precision, checkpointing="none", micro_batch_size=1, effective_batch_size=1)
+    recipe = Recipe(model=MODEL, precision="fp16", checkpointing="none", micro_batch_size=1, effective_batch_size=1)
     plan = search(recipe, replace(Card.present(), name="here"), shape, force=True)
     plan = plan.replace(kernel=kernel, layers=(STORED,) * LAYERS)
     model = attach_adapters(load_model(plan, _tokenizer(), shape), recipe).train()
@@ -42,10 +46,17 @@ def model_in(precision: str, kernel: str, weights: dict | None = None):
     return model
 
 
-def gradients(model, kinds, kernel: str, lengths: list[int], scale: float) -> tuple[float, dict]:
-    from llamanb.model.fused import FusedDecoder
-    from llamanb.model.head import head_loss
+def widened(model):
+    """The model in fp32, with the very numbers that the 4-bit weights stand for."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            exact = dequantize(module.get_base_layer().weight).float()
+            module.base_layer = torch.nn.Linear(*exact.shape[::-1], bias=False, device="meta")
+            module.base_layer.weight = torch.nn.Parameter(exact, requires_grad=False)
+    return model.float()
 
+
+def gradients(model, kinds, kernel: str, lengths: list[int], scale: float) -> tuple[float, dict]:
     torch.manual_seed(0)
     ids = torch.randint(0, 128_000, (sum(lengths),)).cuda()
     labels = torch.cat([torch.cat((row[1:], row.new_full((1,), -100))) for row in ids.split(lengths)])
@@ -61,11 +72,9 @@ def gradients(model, kinds, kernel: str, lengths: list[int], scale: float) -> tu
 @pytest.mark.parametrize("rows", LENGTHS)
 @pytest.mark.parametrize("kernel", ["memory-efficient", "flash"])
 def test_every_layout_has_the_gradients_of_fp32(kernel, rows, monkeypatch):
-    from llamanb.model.elementwise import Fast
-
-    narrow = model_in("fp16", kernel)
+    narrow = model_in(kernel)
     weights = {name: p.data for name, p in narrow.named_parameters() if p.requires_grad}
-    wide = model_in("fp32", "memory-efficient", weights)
+    wide = widened(model_in("memory-efficient", weights))
     with monkeypatch.context() as patch:
         patch.setattr(Fast, "why_not", "as a reference")
         loss, exact = gradients(wide, (STORED,) * LAYERS, "memory-efficient", LENGTHS[rows], 1.0)
@@ -83,11 +92,7 @@ def test_every_layout_has_the_gradients_of_fp32(kernel, rows, monkeypatch):
 
 
 def test_dequantized_weights_are_bitsandbytes_own():
-    import bitsandbytes.functional as bnb
-
-    from llamanb.model.elementwise import dequantize
-
-    for layer in model_in("fp16", "flash").get_decoder().layers:
+    for layer in model_in("flash").get_decoder().layers:
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.down_proj):
             weight = linear.base_layer.weight
             assert torch.equal(dequantize(weight), bnb.dequantize_4bit(weight.data, weight.quant_state))

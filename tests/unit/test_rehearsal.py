@@ -109,7 +109,7 @@ def test_a_plan_that_trials_show_not_to_fit_is_refused(gpu, monkeypatch):
     gpu()
     made, work = planned(ONE, rows=1)
     much = dict.fromkeys(SEEN, 16 * 1024 * MIB)
-    monkeypatch.setattr(rehearsal, "_try", lambda plan, shape, layers: trial(work, layers, constant=much))
+    monkeypatch.setattr(rehearsal, "_try", lambda plan, shape, layers, seconds: trial(work, layers, constant=much))
     with pytest.raises(DoesNotFitError, match="needs") as caught:
         rehearse(made)
     assert caught.value.plan.memory.reserved > 16 * 1024 * MIB
@@ -308,7 +308,7 @@ def test_rehearsing_tries_a_few_layers_and_corrects(gpu, monkeypatch):
     gpu(gib=made.card.vram_gib)
     tried = []
 
-    def fake(plan, shape, layers):
+    def fake(plan, shape, layers, seconds):
         tried.append((shape.name, layers))
         return trial(work, layers, constant=dict.fromkeys(SEEN, 64 * MIB))
 
@@ -318,6 +318,31 @@ def test_rehearsing_tries_a_few_layers_and_corrects(gpu, monkeypatch):
     assert again.memory.allocated == pytest.approx(predict(work_of(again)).allocated + 64 * MIB, abs=2)
     assert again.time.measured_s > 0
     assert "on this GPU" in again.basis
+
+
+def test_short_steps_are_tried_with_all_layers(gpu, monkeypatch):
+    made, work = planned(ONE, rows=8, accumulation=2)
+    gpu(gib=made.card.vram_gib)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    tried = []
+
+    def fake(plan, shape, layers, seconds):
+        tried.append((layers, seconds))
+        more = 64 * MIB if len(layers) < shape.layers else 96 * MIB
+        return replace(trial(work, layers, constant=dict.fromkeys(SEEN, more)), micro_batch_s=0.5, optimizer_s=0.25)
+
+    monkeypatch.setattr(rehearsal, "_try", fake)
+    assert rehearse(made).layers == made.layers
+    assert all(len(layers) < 16 and seconds == rehearsal.ENOUGH_S for layers, seconds in tried), "a T4 takes longer"
+    tried.clear()
+    quick = made.replace(time=replace(made.time, measured_s=2 * rehearsal.SHORT_S))
+    again = rehearse(quick)
+    assert [seconds for _, seconds in tried] == [0.0] * (len(tried) - 1) + [rehearsal.ENOUGH_S]
+    assert tried[-1][0] == again.layers
+    assert len(again.layers) == 16
+    assert again.memory.allocated == pytest.approx(predict(work_of(again)).allocated + 96 * MIB, abs=2)
+    assert again.time.measured_s == 2 * 0.5 + 0.25
+    assert "one with all 16" in again.basis
 
 
 def test_without_a_gpu_it_says_where_to_rehearse(monkeypatch):
@@ -349,7 +374,7 @@ def test_another_gpu_than_the_plan_s_is_refused(gpu, name, capability, gib):
 def test_a_pretended_card_is_rehearsed_on_whatever_is_there(gpu, monkeypatch):
     gpu("NVIDIA H200", (9, 0), 139.0)
     made, work = planned(ONE, checkpointing="all")
-    monkeypatch.setattr(rehearsal, "_try", lambda plan, shape, layers: trial(work, layers))
+    monkeypatch.setattr(rehearsal, "_try", lambda plan, shape, layers, seconds: trial(work, layers))
     assert rehearse(made.replace(card=replace(made.card, name="pretend T4"))).memory == predict(work)
 
 
@@ -400,7 +425,6 @@ def test_a_trial_trains_that_many_layers_and_leaves_nothing(mini, counters, monk
         return trainer
 
     monkeypatch.setattr(module, "build_trainer", watched)
-    monkeypatch.setattr(rehearsal, "ENOUGH_S", math.inf)
     recipe = Recipe(
         model=str(mini),
         dataset="rows.jsonl",
@@ -412,7 +436,7 @@ def test_a_trial_trains_that_many_layers_and_leaves_nothing(mini, counters, monk
     )
     shape = architecture(str(mini))
     fused = HALVED in layers
-    found = rehearsal._try(plan(recipe, CPU).replace(fused=fused), shape, layers)
+    found = rehearsal._try(plan(recipe, CPU).replace(fused=fused), shape, layers, math.inf)
     [(facts, embedding)] = made_trainers
     assert facts == (len(layers), rehearsal.STEPS, fused)
     assert len(counters) == rehearsal.STEPS * min(accumulation, 2), "a loss for each micro-batch"
