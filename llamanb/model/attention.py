@@ -116,11 +116,23 @@ class _Efficient(torch.autograd.Function):
         repeated = [t.repeat_interleave(ctx.groups, dim=2) for t in (key, value)]
         of_query, *of_repeated, _ = torch.ops.aten._efficient_attention_backward(
             gradient, query, *repeated, None, output, borders, borders, ctx.longest, ctx.longest, normalizer, 0.0,
-            seed, offset, CAUSAL, False,
+            seed, offset, CAUSAL, False, num_splits_key=splits(query, borders),
         )  # fmt: skip
         del repeated
         of_key, of_value = (t.unflatten(2, (-1, ctx.groups)).sum(3) for t in of_repeated)
         return of_query, of_key, of_value, None, None
+
+
+def splits(query: Tensor, borders: Tensor | None) -> int:
+    """Parts into which the memory-efficient kernel's backward is to split each row's keys.
+
+    One part of one row and head is one block of threads, and there should be as many as the GPU has multiprocessors.
+    torch splits further, and the parts then wait for each other to add up: of this kernel's time on an H200 that is
+    5 % at 1 × 2,048 tokens of 8B, a fifth at 4 × 512.
+    """
+    rows = len(borders) - 1 if borders is not None else len(query)
+    there = torch.cuda.get_device_properties(query.device).multi_processor_count
+    return max(1, round(there / (rows * query.shape[2])))
 
 
 def register() -> None:

@@ -1,6 +1,7 @@
 """Attention of rows that lie one behind the other, held to a softmax written out for each row."""
 
 import itertools
+from types import SimpleNamespace
 import math
 
 import pytest
@@ -69,6 +70,9 @@ def test_16_bits_are_near_64():
         torch.testing.assert_close(out.double(), right.detach(), rtol=0, atol=0.03)
 
 
+MULTIPROCESSORS = 20
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """torch's kernels for a GPU, played by the softmax written out; what they were called with."""
@@ -92,6 +96,7 @@ def kernels(monkeypatch):
 
     def efficient_backward(gradient, q, k, v, bias, out, borders, key_borders, longest, key_longest, *rest, **kwargs):
         assert longest == key_longest == max(rows_of(q, borders))
+        assert kwargs == {"num_splits_key": max(1, round(MULTIPROCESSORS / (len(rows_of(q, borders)) * q.shape[2])))}
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (q, k, v)]
             again = written_out(*(t.flatten(0, 1) for t in inputs), rows_of(q, borders)).view_as(q)
@@ -105,6 +110,8 @@ def kernels(monkeypatch):
         return written_out(q, k, v, rows_of(q, borders)), None, None, None, None
 
     aten = torch.ops.aten
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(aten, "_efficient_attention_forward", efficient)
     monkeypatch.setattr(aten, "_efficient_attention_backward", efficient_backward)
     monkeypatch.setattr(aten, "_flash_attention_forward", flash)
