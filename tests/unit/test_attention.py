@@ -1,8 +1,8 @@
 """Attention of rows that lie one behind the other, held to a softmax written out for each row."""
 
 import itertools
-from types import SimpleNamespace
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
