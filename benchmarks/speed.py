@@ -10,6 +10,9 @@ take turns: a row first looks through Unsloth's grid (a few micro-batches of eac
 timed in rounds, in one order and then in the other, one of them at a time. On the 16 GB rows each has the memory and
 the attention kernels of a T4 and ballast fills the rest of the GPU (`speed_worker.py`).
 
+Rows `rows-...` are of the uneven lengths of real instruction rows (`--lengths` takes others): llamanb as it plans, trl
+with padded batches of every micro-batch, all over the same rows in the same order, real tokens counted.
+
 What a run has not come to when its time is over is written to OUT as missing, and what a stack cannot do as failed.
 Grids that an earlier OUT holds (`--screens`) are not looked through again.
 """
@@ -23,11 +26,12 @@ import subprocess
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import speed_report
 from benchmarks.speed_processes import Clock, StackError, Worker, Workers, environment
-from benchmarks.speed_rows import EFFECTIVE, Contestant, Row, contestant, grid, rows, same_shape, standing
+from benchmarks.speed_rows import EFFECTIVE, Contestant, Row, contestant, grid, real_rows, rows, same_shape, standing
 from llamanb.card import Card
 
 SCREEN_MICROS, SCREEN_S = 4, 4.0
@@ -36,7 +40,9 @@ LEAST_S = 25.0
 """With less time left no turn begins."""
 OVER = "the time was over"
 WARM_STEPS = 2
-"""Optimizer steps before anything is timed; one more where a step is one micro-batch."""
+"""Optimizer steps before anything is timed; one more where a step is one micro-batch, or rows are uneven."""
+UNEVEN_STEPS, UNEVEN_PROFILED = 20, 4
+"""Optimizer steps timed, at least, and profiled in each round, where steps differ by what rows they have."""
 
 
 class Run:
@@ -161,8 +167,9 @@ class Run:
             "length": row.length,
             "micro": micro,
             "effective": effective,
-            "rows": min(effective * steps, 512),
-            "warm_steps": WARM_STEPS if effective != micro else WARM_STEPS + 1,
+            "rows": 512 if row.lengths else min(effective * steps, 512),
+            "lengths": row.lengths,
+            "warm_steps": WARM_STEPS + (effective == micro or bool(row.lengths)),
             "options": one.options if one.stack == "llamanb" else {},
         }
 
@@ -221,6 +228,8 @@ class Run:
         each = -(-self.args.micro_steps // self.args.rounds)
         session = self.session(row, one, micro, effective, 8 + self.args.rounds * each)
         block = {"micro_steps": each, "at_most_s": self.args.block_s, "profile": 1}
+        if row.lengths:  # whole steps, as many for everybody: the same rows
+            block |= {"steps": -(-UNEVEN_STEPS // self.args.rounds), "profile": UNEVEN_PROFILED}
         try:
             result = self.workers.turn(key, session, block)
         except StackError as error:
@@ -228,7 +237,7 @@ class Run:
                 self.write("missing", row=row.id, contestant=one.label, stage=f"round {number + 1}", why=OVER)
                 return False
             self.write("failed", row=row.id, contestant=one.label, stage=f"round {number + 1}", why=str(error))
-            if error.out_of_memory and one.stack == "trl" and row.micro is None and micro > 1:
+            if error.out_of_memory and one.stack == "trl" and row.micro is one.micro is None and micro > 1:
                 micros[one.label] = 1
                 return self._block(row, one, place, number, micros)
             return False
@@ -271,6 +280,7 @@ def main() -> None:
     one.add_argument("--only", action="append", default=[], help="a stack or a contestant; may be given again")
     one.add_argument("--add", type=contestant, action="append", default=[], help="one more contestant")
     one.add_argument("--rounds", type=int, default=2)
+    one.add_argument("--lengths", type=Path, help="rows' lengths, as grids/instruction_rows.json has them")
     one.add_argument("--micro-steps", type=int, default=20, help="micro-batches timed of each contestant, at least")
     one.add_argument("--block-s", type=float, default=15.0, help="after which no further step of a turn begins")
     one.add_argument("--screens", type=Path, action="append", default=[], help="an earlier OUT, for its grids")
@@ -288,6 +298,9 @@ def main() -> None:
         for row in args.rows:
             print(row.id, *(one.label for one in standing(row)), "| grid:", *(one.label for one in grid(row)))
     else:
+        if args.lengths:
+            path, longest = str(args.lengths.resolve()), max(tokens for tokens, _ in real_rows(args.lengths))
+            args.rows = [replace(row, lengths=path, length=longest) if row.lengths else row for row in args.rows]
         args.out.parent.mkdir(parents=True, exist_ok=True)
         run = Run(args, Clock(args.seconds))
         try:

@@ -53,20 +53,26 @@ def ratios(machine: dict) -> Ratios | None:
 
 def step_seconds(micro_s: list[float], accumulation: int) -> float:
     """An optimizer step: the median of each of its micro-batches, added up. The first waits for the next rows, the last
-    has the optimizer."""
+    has the optimizer. Not for rows of uneven length."""
     return sum(statistics.median(micro_s[place::accumulation]) for place in range(accumulation))
 
 
 def figures(found: list[dict], length: int, scale: Ratios | None) -> dict:
-    """Microseconds per token and GiB, from the blocks (or the look through the grid) of one contestant on one row."""
+    """Microseconds per real token and GiB, from the blocks (or the look through the grid) of one contestant on one
+    row. Where rows are of uneven length, and each step another, a step is the mean of those timed."""
     accumulation, micro = found[0]["accumulation"], found[0]["micro"]
     tokens = accumulation * micro * length
     micro_s = [s for line in found for s in line["micro_s"]]
-    if all(len(line["micro_s"]) == len(line["step_s"]) * accumulation for line in found):
+    profiles = [line["profile"] for line in found if line.get("profile")]
+    profiled = tokens * sum(p["steps"] for p in profiles)
+    if "tokens" in found[0]:
+        steps = [s for line in found for s in line["step_s"]]
+        step_s, tokens = statistics.mean(steps), sum(line["tokens"] for line in found) / len(steps)
+        profiled = sum(p["tokens"] for p in profiles)
+    elif all(len(line["micro_s"]) == len(line["step_s"]) * accumulation for line in found):
         step_s = step_seconds(micro_s, accumulation)
     else:  # a stack that splits its steps otherwise than it says
         step_s = statistics.median(s for line in found for s in line["step_s"])
-    profiles = [line["profile"] for line in found if line.get("profile")]
     result = {
         "micro": micro,
         "accumulation": accumulation,
@@ -78,9 +84,9 @@ def figures(found: list[dict], length: int, scale: Ratios | None) -> dict:
     for name in ("allocated_gib", "reserved_gib", "nvml_gib"):
         result[name] = max((line[name] for line in found if line.get(name)), default=None)
     if profiles:
-        result[BUSY] = statistics.mean(p["busy_s"] / p["steps"] for p in profiles) / tokens * 1e6
+        result[BUSY] = sum(p["busy_s"] for p in profiles) / profiled * 1e6
         if scale:
-            result[ESTIMATE] = statistics.mean(t4_seconds(p, scale) / p["steps"] for p in profiles) / tokens * 1e6
+            result[ESTIMATE] = sum(t4_seconds(p, scale) for p in profiles) / profiled * 1e6
     return result
 
 
@@ -153,20 +159,23 @@ class Results:
         these = self.blocks.get(row.id, {}).get(label)
         return figures(these, row.length, self.scale) if these else None
 
-    def best(self, row: Row, measure: str, allowed: Callable[[Contestant], bool]) -> tuple[str, float] | None:
-        """The fastest of Unsloth's settings that were timed in rounds, without its `auto`, which the grid lacks."""
+    def best(
+        self, row: Row, measure: str, allowed: Callable[[Contestant], bool] = lambda one: True, stack: str = "unsloth"
+    ) -> tuple[str, float] | None:
+        """The fastest of a stack's settings that were timed in rounds, without Unsloth's `auto`, which the grid
+        lacks."""
         found = [
             (label, self.figures(row, label)[measure])
             for label in self.blocks.get(row.id, {})
-            if (one := contestant(label)).stack == "unsloth" and one.mode != "auto" and allowed(one)
+            if (one := contestant(label)).stack == stack and one.mode != "auto" and allowed(one)
         ]
         return min((pair for pair in found if pair[1]), key=lambda pair: pair[1], default=None)
 
     def ratio(self, row: Row, measure: str, label: str | None, ours: str = "llamanb", **how) -> float | None:
-        """How many times faster llamanb is than `label`, or than Unsloth's best."""
+        """How many times faster llamanb is than `label`, or than the best of Unsloth or of another `stack`."""
         mine = self.figures(row, ours)
         if label is None:
-            found = self.best(row, measure, how.get("allowed", lambda one: True))
+            found = self.best(row, measure, **how)
             other = found and found[1]
         else:
             other = (self.figures(row, label) or {}).get(measure)
@@ -210,19 +219,26 @@ def _cell(value: float | None, digits: int = 2) -> str:
 def _row(results: Results, row: Row) -> str:
     rate = (results.machine.get("rates") or {}).get("tflops")
     floor = floor_us(row, 1.0)
-    head = f"### {row.id}: {row.model}, rows of {row.length} tokens" + (f", pretend {row.card}" if row.card else "")
-    if rate:
+    head = f"### {row.id}: {row.model}, rows of {'up to ' if row.lengths else ''}{row.length} tokens"
+    head += f", pretend {row.card}" if row.card else ""
+    if rate and not row.lengths:
         head += f"; arithmetic floor {floor / rate:.2f} µs a token ({floor / LONG_RATE:.2f} at {LONG_RATE:.0f} TFLOP/s)"
-    names = "contestant, at once, layers, micro-batches timed, wall µs/token, busy µs/token, T4 estimate µs/token, "
-    names += "allocated GiB, reserved GiB, NVML GiB, busy / floor, losses"
+    names = "contestant, at once, layers, micro-batches timed, wall µs/token, tokens/s, busy µs/token, "
+    names += "T4 estimate µs/token, allocated GiB, reserved GiB, NVML GiB, busy / floor, losses"
     table = ["| " + " | ".join(names.split(", ")) + " |", "|" + "---|" * len(names.split(", "))]
     for label, these in results.blocks[row.id].items():
         one = results.figures(row, label)
         opened = next((line["opened"] for line in reversed(these) if line.get("opened")), {})
         layers = ", ".join(f"{count} {kind}" for kind, count in opened.get("layers", {}).items())
-        over = one[BUSY] / (floor / rate) if one[BUSY] and rate else None
+        over = one[BUSY] / (floor / rate) if one[BUSY] and rate and not row.lengths else None
         cells = [label, f"{one['micro']} × {one['accumulation']}", layers, one["micro_batches"], _cell(one[WALL])]
-        cells += [_cell(one[BUSY]), _cell(one[ESTIMATE], 1), *(_cell(one[f"{n}_gib"]) for n in _MEMORY), _cell(over)]
+        cells += [
+            f"{1e6 / one[WALL]:,.0f}",
+            _cell(one[BUSY]),
+            _cell(one[ESTIMATE], 1),
+            *(_cell(one[f"{n}_gib"]) for n in _MEMORY),
+            _cell(over),
+        ]
         cells.append(", ".join(f"{loss:.2f}" for loss in these[0].get("losses", [])))
         table.append("| " + " | ".join(map(str, cells)) + " |")
     return head + "\n\n" + "\n".join(table)
@@ -233,7 +249,7 @@ _MEMORY = ("allocated", "reserved", "nvml")
 
 def _compared(results: Results) -> str:
     """How many times faster llamanb is, row by row."""
-    table = ["| row | measure | than Unsloth's default | than its best | than its `auto` | than trl |"]
+    table = ["| row | measure | than Unsloth's default | than its best | than its `auto` | than trl's best |"]
     table.append("|---|---|---|---|---|---|")
     for row in results.rows:
         autos = [label for label in results.blocks[row.id] if "checkpointing=auto" in label]
@@ -243,7 +259,7 @@ def _compared(results: Results) -> str:
                 _cell(results.ratio(row, measure, DEFAULT)) if row.micro is None else "",
                 _cell(results.ratio(row, measure, best[0])) + f" ({best[0].partition(':')[2]})" if best else "",
                 _cell(min((r for label in autos if (r := results.ratio(row, measure, label))), default=None)),
-                _cell(results.ratio(row, measure, "trl")),
+                _cell(results.ratio(row, measure, None, stack="trl")),
             ]
             if any(cells):
                 table.append(f"| {row.id} | {WORDS[measure]} | " + " | ".join(cells) + " |")
@@ -253,7 +269,7 @@ def _compared(results: Results) -> str:
 def targets(results: Results) -> list[tuple[str, str, bool | None]]:
     """(target, what was found, whether it holds; None where too little was measured)."""
     found: list[tuple[str, str, bool | None]] = []
-    small = [row for row in ROWS.values() if row.card]
+    small = [row for row in ROWS.values() if row.card and not row.lengths]
     for measure in (BUSY, ESTIMATE):
         for label, words, least in ((DEFAULT, "default", 1.25), (None, "best", 1.05)):
             each = {row.id: r for row in small if (r := results.ratio(row, measure, label))}
@@ -280,6 +296,10 @@ def targets(results: Results) -> list[tuple[str, str, bool | None]]:
         text = f"1B, micro-batch left to the planner: 1.2 times faster than Unsloth's best {words}"
         found.append(_judged(text, each, len(ones), min(each.values()) >= 1.2 if each else None))
     found.append(_floor_target(results))
+    real = [row for row in ROWS.values() if row.lengths]
+    each = {row.id: r for row in real if (r := results.ratio(row, WALL, None, stack="trl"))}
+    text = "rows of real lengths, 16 GB, no flash: 2 times the real tokens a second of trl's best padded batches"
+    found.append(_judged(text, each, len(real), min(each.values()) >= 2 if each else None))
     return found
 
 

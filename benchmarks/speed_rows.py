@@ -14,7 +14,10 @@ A contestant is written as on the command line, `stack:option=value,...`:
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 MODELS = {
     "1b": "meta-llama/Llama-3.2-1B-Instruct",
@@ -31,6 +34,9 @@ MODES = ("unsloth", "on", "off")
 is `auto`: "unsloth" with its option checkpoint_skip_layers="auto", which after the first step keeps what fits."""
 NOTEBOOK_ROWS = 2
 """Micro-batch of Unsloth's own notebooks, with "unsloth" checkpointing."""
+PADDED_ROWS = (8, 4, 2, 1)
+"""Micro-batches of trl on rows of uneven length, which it pads to the longest of each."""
+REAL = Path(__file__).parent / "grids" / "instruction_rows.json"
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,15 @@ class Row:
     id: str
     model: str
     length: int
+    """Tokens of every row; of the longest, where `lengths` says how long the others are."""
     card: str = ""
     """Known card that the GPU pretends to be; empty: all of the GPU."""
     micro: int | None = None
     """Rows at once; None: each contestant's own."""
     grid: bool = False
     """Whether Unsloth's whole grid is searched; otherwise its checkpointing is, with `micro` rows."""
+    lengths: str = ""
+    """File of real rows' lengths, of which rows are drawn (`drawn`); empty: all are of `length`."""
 
 
 ROWS = {  # the most important ones first
@@ -58,10 +67,33 @@ ROWS = {  # the most important ones first
         Row("1b-2x2048", "1b", 2048, micro=2, grid=True),
         Row("3b-2x2048", "3b", 2048, micro=2),
         Row("3b-4x512", "3b", 512, micro=4),
+        *(Row(f"rows-{model}", model, 1328, card="T4", lengths=str(REAL)) for model in ("8b", "1b")),
     ]
 }
-DRY = {row.id: row for row in [Row("dry-64", "tiny", 64, micro=2), Row("dry-128", "tiny", 128, grid=True)]}
+DRY = {
+    row.id: row
+    for row in [
+        Row("dry-64", "tiny", 64, micro=2),
+        Row("dry-128", "tiny", 128, grid=True),
+        Row("dry-rows", "tiny", 128, lengths=str(REAL)),
+    ]
+}
 """For a look at all the moving parts on a CPU, with the tiny Llama's shape."""
+
+
+def real_rows(path: str | Path) -> list[tuple[int, int]]:
+    """(tokens, of them trained) of each row in a file such as REAL: {"rows": [[151, 87], ...]}."""
+    return [tuple(row) for row in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]]
+
+
+def drawn(session: dict) -> list[tuple[int, int]]:
+    """(tokens, of them trained) of a session's rows, the same for every stack: each of the full length, or drawn by
+    seed from the file of lengths, the longer ones cut."""
+    length, count = session["length"], session["rows"]
+    if not session.get("lengths"):
+        return [(length, length)] * count
+    found = random.Random(0).choices(real_rows(session["lengths"]), k=count)
+    return [(min(length, tokens), max(1, trained - max(0, tokens - length))) for tokens, trained in found]
 
 
 @dataclass(frozen=True)
@@ -117,7 +149,10 @@ def rows(text: str) -> list[Row]:
 
 
 def grid(row: Row) -> list[Contestant]:
-    """Settings of Unsloth to look through for the row's best: by checkpointing, small micro-batches first."""
+    """Settings of Unsloth to look through for the row's best: by checkpointing, small micro-batches first. None on rows
+    of uneven length, where padded batches are what is compared with."""
+    if row.lengths:
+        return []
     if not row.grid:
         return [unsloth(row.micro, mode) for mode in MODES]
     return [unsloth(micro, mode) for mode in MODES for micro in GRID_ROWS if micro * row.length <= MOST_TOKENS]
@@ -125,7 +160,10 @@ def grid(row: Row) -> list[Contestant]:
 
 def standing(row: Row) -> list[Contestant]:
     """Who takes part whatever the grid says. On a row of the whole GPU llamanb runs with the row's micro-batch, and
-    where the grid is searched with its own choice too."""
+    where the grid is searched with its own choice too; on rows of uneven length trl takes part with every
+    micro-batch."""
+    if row.lengths:
+        return [Contestant("llamanb"), *(Contestant("trl", {"micro": str(micro)}) for micro in PADDED_ROWS)]
     if row.micro is None:
         return [Contestant("llamanb"), unsloth(NOTEBOOK_ROWS, "unsloth"), Contestant("trl")]
     own = [Contestant("llamanb", {"micro": "plan"})] if row.grid else []

@@ -1,9 +1,9 @@
 """The contestants of `benchmarks.speed`: how each stack makes a model and a trainer of the same shape, in its own
 process. Everything but the standard library is imported inside, since each process has packages of its own.
 
-Same for all: token ids drawn by seed in rows of exact length, fp16, nf4 with double quantization, adapters of rank 16
-on all linear layers without dropout, paged 8-bit AdamW, the loss divided by the tokens of the whole optimizer batch
-(transformers does that), a log line a step. Adapters are trained in fp32.
+Same for all: token ids drawn by seed in rows of exact length (or of real rows' lengths, in one order), fp16, nf4 with
+double quantization, adapters of rank 16 on all linear layers without dropout, paged 8-bit AdamW, the loss divided by
+the tokens of the whole optimizer batch (transformers does that), a log line a step. Adapters are trained in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from benchmarks.speed_rows import EFFECTIVE, MODELS, OPTIMIZER, RANK
+from benchmarks.speed_rows import EFFECTIVE, MODELS, OPTIMIZER, RANK, drawn
 
 if TYPE_CHECKING:
     from benchmarks.speed_worker import Gpu
@@ -34,11 +34,18 @@ def installed(*names: str) -> dict[str, str]:
     return found
 
 
-def token_rows(vocabulary: int, length: int, count: int) -> list[list[int]]:
-    """The same random token ids for every stack; the last 300 of a vocabulary may be special."""
+def token_rows(vocabulary: int, session: dict) -> dict[str, list[list[int]]]:
+    """`input_ids` and `labels` of the session's rows: the same random token ids for every stack; the last 300 of a
+    vocabulary may be special."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, max(16, vocabulary - 300), size=(count, length)).tolist()
+    sizes = drawn(session)
+    shape = (len(sizes), session["length"])
+    ids = np.random.default_rng(0).integers(0, max(16, vocabulary - 300), size=shape).tolist()
+    ids = [row[:tokens] for row, (tokens, _) in zip(ids, sizes, strict=True)]
+    ends = [tokens - trained for tokens, trained in sizes]
+    labels = [[-100] * end + row[end:] for row, end in zip(ids, ends, strict=True)]
+    return {"input_ids": ids, "labels": labels}
 
 
 def sft_config(session: dict, folder: str, *, cuda: bool, **changes):
@@ -62,6 +69,7 @@ def sft_config(session: dict, folder: str, *, cuda: bool, **changes):
         report_to="none",
         disable_tqdm=True,
         packing=False,
+        **({"train_sampling_strategy": "sequential"} if session["lengths"] else {}),
         **changes,
     )
 
@@ -168,9 +176,11 @@ class Llamanb:
         from llamanb.training.trainer import build_trainer
 
         vocabulary = self.model.config.vocab_size
-        rows = [Encoded(ids, list(ids)) for ids in token_rows(vocabulary, session["length"], session["rows"])]
+        rows = [Encoded(*row) for row in zip(*token_rows(vocabulary, session).values(), strict=True)]
         data = TrainingData("random rows", "token ids", _tokenizer(), rows, [], [], [])
         trainer = build_trainer(self._plan, self.model, data, Path(folder), [turn])
+        if session["lengths"]:
+            trainer.args.train_sampling_strategy = "sequential"
         backward = trainer.accelerator.backward
 
         def told(*args, **kwargs):
@@ -220,11 +230,10 @@ class Trl:
             device_map={"": 0} if self.gpu.here else "cpu",
             attn_implementation="sdpa",
         )
-        ids = token_rows(model.config.vocab_size, session["length"], session["rows"])
         trainer = SFTTrainer(
             model=model,
             args=sft_config(session, folder, cuda=self.gpu.here),
-            train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+            train_dataset=Dataset.from_dict(token_rows(model.config.vocab_size, session)),
             processing_class=AutoTokenizer.from_pretrained(checkpoint),
             peft_config=LoraConfig(
                 r=RANK, lora_alpha=RANK, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", target_modules=LINEAR
@@ -293,12 +302,12 @@ class Unsloth:
         from datasets import Dataset
         from trl import SFTTrainer
 
-        ids = token_rows(self.model.config.vocab_size, session["length"], session["rows"])
-        ones = [[1] * session["length"]] * len(ids)
+        rows = token_rows(self.model.config.vocab_size, session)
+        rows["attention_mask"] = [[1] * len(row) for row in rows["input_ids"]]
         return SFTTrainer(
             model=self.model,
             args=sft_config(session, folder, cuda=self.gpu.here, seed=3407, dataset_num_proc=1),
-            train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": ones}),
+            train_dataset=Dataset.from_dict(rows),
             processing_class=self.tokenizer,
             callbacks=[turn],
         )

@@ -25,6 +25,8 @@ import tempfile
 import time
 import traceback
 
+from benchmarks.speed_rows import drawn
+
 GIB = 2**30
 SPARE_GIB = 1.0
 
@@ -142,8 +144,13 @@ def _nvml_gib() -> float | None:
     return None
 
 
-def turns(gpu: Gpu, channel: Channel, warm_steps: int, opened: dict):
-    """A trainer's callback that measures when it is told to, and holds training up in between."""
+def turns(gpu: Gpu, channel: Channel, warm_steps: int, opened: dict, tokens: list[int] | None = None):
+    """A trainer's callback that measures when it is told to, and holds training up in between.
+
+    Args:
+        tokens: of each optimizer step, in the order in which they come, over and over; told with what was timed where
+            rows are of uneven length.
+    """
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -151,6 +158,7 @@ def turns(gpu: Gpu, channel: Channel, warm_steps: int, opened: dict):
 
         def __init__(self):
             self.command, self.losses, self._marks, self._ends, self._inside = None, [], [], [], False
+            self._done = 0
             self._began = time.perf_counter()
 
         def on_train_begin(self, args, state, control, **kwargs):
@@ -173,6 +181,7 @@ def turns(gpu: Gpu, channel: Channel, warm_steps: int, opened: dict):
                 self._inside = False
             self._marks.append(gpu.now())
             self._ends.append(self._marks[-1])
+            self._done += 1
             if next(self._turns, self) is self:
                 control.should_training_stop = True
 
@@ -207,7 +216,7 @@ def turns(gpu: Gpu, channel: Channel, warm_steps: int, opened: dict):
             self._marks = [gpu.now()]
             self._ends = self._marks[:]
             begin, steps = time.perf_counter(), 0
-            wanted = -(-command["micro_steps"] // opened["accumulation"])
+            wanted = command.get("steps") or -(-command["micro_steps"] // opened["accumulation"])
             while steps < wanted and (not steps or time.perf_counter() - begin < command["at_most_s"]):
                 yield
                 steps += 1
@@ -219,7 +228,7 @@ def turns(gpu: Gpu, channel: Channel, warm_steps: int, opened: dict):
             )
             result = {"micro": opened["micro"], "accumulation": opened["accumulation"], "steps": steps}
             result |= {"wall_s": round(wall_s, 5), "micro_s": apart, "step_s": step_s}
-            result |= gpu.memory()
+            result |= self._tokens(steps) | gpu.memory()
             if command["profile"]:
                 result["profile"] = yield from self._profiled(command["profile"])
             return result
@@ -234,7 +243,12 @@ def turns(gpu: Gpu, channel: Channel, warm_steps: int, opened: dict):
                 for _ in range(steps):
                     yield
                 gpu.sync()
-            return {"steps": steps, **summary(_gpu_events(profiler))}
+            return {"steps": steps, **self._tokens(steps), **summary(_gpu_events(profiler))}
+
+        def _tokens(self, steps: int) -> dict:
+            """Of the last `steps` steps, padding left out."""
+            last = range(self._done - steps, self._done)
+            return {"tokens": sum(tokens[step % len(tokens)] for step in last)} if tokens else {}
 
     return Turns()
 
@@ -261,7 +275,7 @@ def run_session(stack, gpu: Gpu, channel: Channel, command: dict) -> dict:
             opened = stack.prepare(command)
             gpu.take_ballast()
             opened["load_s"] = round(time.perf_counter() - begin, 2)
-            turn = turns(gpu, channel, command["warm_steps"], opened)
+            turn = turns(gpu, channel, command["warm_steps"], opened, step_tokens(command))
             trainer = stack.trainer(command, folder, turn)
             trainer.train()
         answer = turn.command
@@ -280,6 +294,14 @@ def run_session(stack, gpu: Gpu, channel: Channel, command: dict) -> dict:
         with contextlib.suppress(Exception):
             gpu.rest()
     return answer or channel.receive()
+
+
+def step_tokens(session: dict) -> list[int] | None:
+    """Real tokens of each optimizer step of one pass over the session's rows; None where all rows are of one length."""
+    if not session.get("lengths"):
+        return None
+    lengths, effective = [tokens for tokens, _ in drawn(session)], session["effective"]
+    return [sum(lengths[begin : begin + effective]) for begin in range(0, len(lengths), effective)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

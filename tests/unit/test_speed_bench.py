@@ -119,7 +119,7 @@ def test_contestants_read_as_they_are_written():
 def test_rows_are_found_by_their_beginnings():
     assert [row.id for row in rows("8b-2x,16gb-512")] == ["8b-2x2048", "16gb-512"]
     assert [row.length for row in rows("16gb")] == [2048, 1024, 512, 4096]
-    assert len(rows("all")) == 10
+    assert len(rows("all")) == 12
     with pytest.raises(ValueError, match="no row"):
         rows("24gb")
 
