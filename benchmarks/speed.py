@@ -229,7 +229,8 @@ class Run:
         session = self.session(row, one, micro, effective, 8 + self.args.rounds * each)
         block = {"micro_steps": each, "at_most_s": self.args.block_s, "profile": 1}
         if row.lengths:  # whole steps, as many for everybody: the same rows
-            block |= {"steps": -(-UNEVEN_STEPS // self.args.rounds), "profile": UNEVEN_PROFILED}
+            steps = -(-UNEVEN_STEPS // self.args.rounds)
+            block |= {"steps": steps, "at_most_s": 3 * self.args.block_s, "profile": UNEVEN_PROFILED}
         try:
             result = self.workers.turn(key, session, block)
         except StackError as error:
