@@ -16,7 +16,7 @@ EXTRAS += ("setup/environment.py",)
 """Not on the way of the quickstart, and never imported by it (tests/unit/test_layers.py)."""
 REPLAY = ("tape/", "allocator.py")
 """What memory.py predicts from; stands by itself, and is counted apart (docs/decisions/0007)."""
-FUSED = ("model/fused.py", "model/kernels.py", "model/elementwise.py", "model/head.py")
+FUSED = ("model/fused.py", "model/products.py", "model/kernels.py", "model/elementwise.py", "model/head.py")
 """What computes the numbers of transformers' layers and trl's loss faster; the same (docs/decisions/0011)."""
 IDLE = {
     tokenize.COMMENT,

@@ -1,20 +1,15 @@
 """A decoder layer's training in four products with what lies between them: the same numbers as transformers' and peft's
 layer from fewer kernels, and only what the backward pass needs kept.
 
-Autograd keeps what every operation read. Here a product (`_Products`) keeps what its prologue read - the residual
+Autograd keeps what every operation read. Here a product (products.py) keeps what its prologue read - the residual
 stream before a norm, gate and up before their product - and computes the rest again, which costs elementwise work
 alone. Of a layer are kept: its input, queries, keys, values, attention's output and normalizer, the stream between,
-gate and up; of the adapters their low rank.
-
-The base's weights are dequantized for each product and never kept; adapters are added by products that accumulate
-(`addmm`), from copies in the layers' dtype that are made once for an optimizer step (`FusedDecoder.step`). Gradients
-reach the adapters and the layer's input: the base is frozen. `fits_layer` says which layers this can do.
+gate and up; of the adapters their low rank. `fits_layer` says which layers this can do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,159 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llamanb.model import attention
-from llamanb.model.elementwise import Fast, dequantize, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
-from llamanb.tape import HALVED, OFFLOADED, STORED
-
-
-class Prologue(NamedTuple):
-    """What happens to a product's inputs first. Both functions are elementwise, or nearly."""
-
-    value: Callable[..., Tensor]
-    """inputs -> (tokens, width)"""
-    backward: Callable[..., tuple[Tensor, ...]]
-    """gradient of the value, inputs -> gradient of each input"""
-
-
-class Linear(NamedTuple):
-    """One frozen linear layer with the adapter on it, if any."""
-
-    base: nn.Module
-    scale: float
-    down: Tensor | None
-    """LoRA's A: (rank, in)."""
-    up: Tensor | None
-    """LoRA's B: (out, rank)."""
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Linear:
-        if not isinstance(module, LoraLayer):
-            return cls(module, 1.0, None, None)
-        name = module.active_adapters[0]
-        down, up = module.lora_A[name].weight, module.lora_B[name].weight
-        return cls(module.get_base_layer(), module.scaling[name], down, up)
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """(out, in), dequantized."""
-        weight = self.base.weight
-        return (dequantize(weight) if hasattr(weight, "quant_state") else weight.detach()).to(dtype)
-
-
-class Copies(NamedTuple):
-    """The adapters of a part in the layers' dtype."""
-
-    down: Tensor
-    """Every A, one below the other, times its scale: (sum of ranks, in)."""
-    ups: tuple[Tensor, ...]
-    """Every B: (out, rank)."""
-
-
-class Part:
-    """Linear layers that read the same value."""
-
-    copies: Copies | None = None
-    """Of the adapters, for as long as an optimizer step takes."""
-
-    def __init__(self, prologue: Prologue, *modules: nn.Module):
-        self.prologue, self.linears = prologue, tuple(map(Linear.of, modules))
-        adapted = [(i, linear) for i, linear in enumerate(self.linears) if linear.down is not None]
-        ranks = [len(linear.down) for _, linear in adapted]
-        ends = itertools.accumulate(ranks)
-        self.places = [(i, slice(end - rank, end)) for (i, _), rank, end in zip(adapted, ranks, ends, strict=True)]
-        """Which linear layers have adapters, and where each one's rank lies among all."""
-        self.scales = [linear.scale for _, linear in adapted]
-        self.adapters = (*(linear.down for _, linear in adapted), *(linear.up for _, linear in adapted))
-        """Every A, then every B."""
-
-    def copy_in(self, flat: Tensor) -> list[Tensor]:
-        """Makes `copies` in a tensor of as many elements; returns the place of each of `adapters`."""
-        downs, ups = self.adapters[: len(self.places)], self.adapters[len(self.places) :]
-        down, *rest = flat.split([sum(t.numel() for t in downs), *(t.numel() for t in ups)])
-        down = down.view(-1, downs[0].shape[1])
-        self.copies = Copies(down, tuple(t.view_as(up) for t, up in zip(rest, ups, strict=True)))
-        return [*(down[at] for _, at in self.places), *self.copies.ups]
-
-    def __call__(self, *inputs: Tensor, residual: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Each linear layer's output, (tokens, out); `residual` is added to the only one."""
-        return _Products.apply(self, residual, len(inputs), *inputs, *self.adapters)
-
-
-class _Products(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, part: Part, residual: Tensor | None, count: int, *tensors: Tensor):
-        outputs, low = _forward(part, residual, tensors[:count])
-        ctx.part, ctx.count, ctx.has_residual = part, count, residual is not None
-        ctx.save_for_backward(*tensors[:count], *([] if low is None else [low]))
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients: Tensor):
-        inputs, low = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        wanted = any(ctx.needs_input_grad[3 : 3 + ctx.count])
-        of_inputs, of_adapters = _backward(ctx.part, inputs, low[0] if low else None, gradients, wanted)
-        return None, gradients[0] if ctx.has_residual else None, None, *of_inputs, *of_adapters
-
-
-def _forward(part: Part, residual: Tensor | None, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Outputs, and the value in the adapters' low rank: (tokens, sum of ranks)."""
-    value = part.prologue.value(*inputs)
-    low = value @ part.copies.down.t() if part.places else None
-    outputs = tuple(_product(value, linear, residual) for linear in part.linears)
-    if low is not None:
-        for (i, at), up in zip(part.places, part.copies.ups, strict=True):
-            outputs[i].addmm_(low[:, at], up.t())
-    return outputs, low
-
-
-def _backward(
-    part: Part, inputs: Sequence[Tensor], low: Tensor | None, gradients: Sequence[Tensor], wanted: bool
-) -> tuple[tuple[Tensor | None, ...], list[Tensor]]:
-    """Gradients of the inputs (where `wanted`) and of the adapters. `low` as `_forward` made it; made again where it
-    was not kept."""
-    of_low, of_adapters = None, []
-    if part.places:
-        value = part.prologue.value(*inputs)
-        low = value @ part.copies.down.t() if low is None else low
-        of_low, of_adapters = _adapters_backward(part, value, low, gradients)
-        del value
-    if not wanted:
-        return (None,) * len(inputs), of_adapters
-    of_value = None
-    for linear, gradient in zip(part.linears, gradients, strict=True):
-        of_value = _product_backward(gradient, linear, of_value)
-    if of_low is not None:
-        of_value.addmm_(of_low, part.copies.down)
-    return part.prologue.backward(of_value, *inputs), of_adapters
-
-
-def _adapters_backward(
-    part: Part, value: Tensor, low: Tensor, gradients: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of `low`, and those of each adapter's A and B."""
-    of_low, of_ups = torch.empty_like(low), []
-    for (i, at), up in zip(part.places, part.copies.ups, strict=True):
-        torch.mm(gradients[i], up, out=of_low[:, at])
-        of_ups.append(_wide(gradients[i].t(), low[:, at]))
-    of_downs = _wide(of_low.t(), value)
-    scaled = (of_downs[at] * scale for (_, at), scale in zip(part.places, part.scales, strict=True))
-    return of_low, [*scaled, *of_ups]
-
-
-def _product(value: Tensor, linear: Linear, residual: Tensor | None) -> Tensor:
-    weight = linear.weight(value.dtype).t()
-    return value @ weight if residual is None else torch.addmm(residual, value, weight)
-
-
-def _product_backward(gradient: Tensor, linear: Linear, sum_: Tensor | None) -> Tensor:
-    weight = linear.weight(gradient.dtype)
-    return gradient @ weight if sum_ is None else sum_.addmm_(gradient, weight)
-
-
-def _wide(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32: an adapter's gradient is summed over all tokens, and may leave fp16's range on the way."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+from llamanb.model.elementwise import Fast, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from llamanb.model.products import Part, Prologue, copy_adapters
+from llamanb.tape import HALVED, OFFLOADED, STORED, mlp_tile
 
 
 class _Rotated(torch.autograd.Function):
@@ -195,13 +40,14 @@ class _Rotated(torch.autograd.Function):
 
 class _Recomputed(torch.autograd.Function):
     """A layer, or its MLP alone, keeping its input. The backward pass computes it again but for the last product, which
-    checkpointing would compute too; and lets go of gate and up before it goes on to attention."""
+    checkpointing would compute too; and lets go of gate and up before it goes on to attention. Both passes go through
+    the MLP of a long micro-batch a tile of tokens at a time."""
 
     @staticmethod
     def forward(ctx, layer: FusedLayer, places: Places, whole: bool, x: Tensor, *adapters: Tensor):
         ctx.layer, ctx.places, ctx.whole = layer, places, whole
         ctx.save_for_backward(x)
-        return layer.mlp(layer.attend(x, places) if whole else x)
+        return layer.tiled_mlp(layer.attend(x, places) if whole else x)
 
     @staticmethod
     @once_differentiable
@@ -258,12 +104,33 @@ class FusedLayer:
         """The stream after the MLP."""
         return self.down(*self.gate_up(stream), residual=stream)[0]
 
+    def tiled_mlp(self, stream: Tensor) -> Tensor:
+        """The same with no more than MLP_TILE tokens' gate and up at once, without gradients."""
+        tile = mlp_tile(len(stream))
+        if tile == len(stream):
+            return self.mlp(stream)
+        after = torch.empty_like(stream)
+        for piece, place in zip(stream.split(tile), after.split(tile), strict=True):
+            place.copy_(self.mlp(piece))
+        return after
+
     def mlp_backward(self, stream: Tensor, gradient: Tensor) -> list[Tensor]:
-        """Gradients of the stream before the MLP and of the MLP's adapters."""
-        inputs, low = _forward(self.gate_up, None, (stream,))
-        of_inputs, of_down = _backward(self.down, inputs, None, (gradient,), True)
+        """Gradients of the stream before the MLP and of the MLP's adapters, tile by tile."""
+        tile = mlp_tile(len(stream))
+        if tile == len(stream):
+            return self._mlp_backward(stream, gradient)
+        of_stream, of_adapters = torch.empty_like(stream), []
+        for piece, of_piece, place in zip(*(t.split(tile) for t in (stream, gradient, of_stream)), strict=True):
+            found, *more = self._mlp_backward(piece, of_piece)
+            place.copy_(found)
+            of_adapters = [a.add_(b) for a, b in zip(of_adapters, more, strict=True)] if of_adapters else more
+        return [of_stream, *of_adapters]
+
+    def _mlp_backward(self, stream: Tensor, gradient: Tensor) -> list[Tensor]:
+        inputs, low = self.gate_up.compute(None, (stream,))
+        of_inputs, of_down = self.down.gradients(inputs, None, (gradient,), True)
         del inputs
-        (of_stream,), of_gate_up = _backward(self.gate_up, (stream,), low, of_inputs, True)
+        (of_stream,), of_gate_up = self.gate_up.gradients((stream,), low, of_inputs, True)
         return [of_stream.add_(gradient), *of_gate_up, *of_down]
 
     @property
@@ -330,16 +197,6 @@ class FusedDecoder:
                 x = layer(x, places, kind)
             norm = self.decoder.norm
             return _Normed.apply(x, norm.weight, norm.variance_epsilon)
-
-
-def copy_adapters(parts: Sequence[Part], like: Tensor) -> None:
-    """Sets each part's `copies`: the adapters as they are now, in one tensor of the dtype and device of `like`."""
-    adapters = [t.detach() for part in parts for t in part.adapters]
-    sizes = [sum(t.numel() for t in part.adapters) for part in parts]
-    pieces = like.new_empty(sum(sizes)).split(sizes)
-    torch._foreach_copy_([t for part, piece in zip(parts, pieces, strict=True) for t in part.copy_in(piece)], adapters)
-    downs = [part.copies.down[at] for part in parts for _, at in part.places]
-    torch._foreach_mul_(downs, [scale for part in parts for scale in part.scales])
 
 
 def fits_layer(layer: nn.Module) -> str:

@@ -32,6 +32,7 @@ from llamanb.tape.workload import (
     STORED,
     Tape,
     Workload,
+    mlp_tile,
 )
 
 
@@ -84,6 +85,7 @@ __all__ = [
     "STORED",
     "Tape",
     "Workload",
+    "mlp_tile",
     "record",
     "record_steady",
 ]

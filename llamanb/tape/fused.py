@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llamanb.tape.linear import LinearLayers
 from llamanb.tape.workload import (
     ACTIVATIONS,
@@ -17,6 +19,7 @@ from llamanb.tape.workload import (
     OFFLOADED,
     RECOMPUTED,
     STORED,
+    mlp_tile,
 )
 
 ENTRY, OUT, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
@@ -103,18 +106,41 @@ class FusedLayers(LinearLayers):
 
     def fused_layer(self, x: int, kind: str) -> tuple[int, dict]:
         """One layer's forward: its output, and what its backward needs."""
-        stored = kind == STORED
-        half = self.enter(save=stored or kind == HALVED)
-        stream = half["stream"]
-        (gate, up), low = self.products(GATE_UP, self.new(self.e * self.tokens * self.hidden), stored)
-        (out,), low_down = self.products(DOWN, self.new(self.e * self.tokens * self.wide), stored)
-        kept = half | {"gate": gate, "up": up, "low_gate": low, "low_down": low_down}
-        if not stored:
-            self.free(gate, up)
-        if kind in (CHECKPOINTED, OFFLOADED):
-            self.free(stream)
+        kept = self.enter(save=kind in (STORED, HALVED))
+        if kind == STORED:
+            out, more = self.mlp(save=True)
+            return out, kept | more
+        out = self.tiled(self.passing_mlp)
+        if kind != HALVED:
+            self.free(kept["stream"])
             kept = {}
         return out, kept
+
+    def gate_up(self, save: bool) -> dict:
+        (gate, up), low = self.products(GATE_UP, self.new(self.e * self.tokens * self.hidden), save)
+        return {"gate": gate, "up": up, "low_gate": low}
+
+    def mlp(self, save: bool) -> tuple[int, dict]:
+        kept = self.gate_up(save)
+        (out,), low_down = self.products(DOWN, self.new(self.e * self.tokens * self.wide), save)
+        return out, kept | {"low_down": low_down}
+
+    def passing_mlp(self) -> int:
+        out, made = self.mlp(save=False)
+        self.free(made["gate"], made["up"])
+        return out
+
+    def tiled(self, work: Callable[[], int]) -> int:
+        """What `work` makes of a tile's tokens, for all of them."""
+        tokens, tile = self.tokens, mlp_tile(self.tokens)
+        if tile == tokens:
+            return work()
+        whole = self.new(self.e * tokens * self.hidden)
+        for begin in range(0, tokens, tile):
+            self.tokens = min(tile, tokens - begin)
+            self.free(work())
+        self.tokens = tokens
+        return whole
 
     def mlp_backward(self, layer: int, kept: dict) -> int:
         """The gradient of the stream between a layer's halves, as it comes through the MLP."""
@@ -167,13 +193,12 @@ class FusedLayers(LinearLayers):
     def fused_backward(self, layer: int, kind: str, gradient: int, kept: dict) -> int:
         if kind in (CHECKPOINTED, OFFLOADED):
             kept = self.enter(save=True)
-        if kind != STORED:
-            (gate, up), low = self.products(GATE_UP, self.new(self.e * self.tokens * self.hidden), True)
-            kept |= {"gate": gate, "up": up, "low_gate": low, "low_down": None}
-        of_stream = self.mlp_backward(layer, kept)
         if kind == STORED:  # what came through the MLP is added to what passed by; else it is the other way round
-            self.free(of_stream)
+            self.free(self.mlp_backward(layer, kept))
             return self.attention_half_backward(layer, gradient, kept)
+        made_again = {"low_down": None, "stream": None}
+        of_stream = self.tiled(lambda: self.mlp_backward(layer, self.gate_up(save=True) | made_again))
+        self.free(kept["stream"])
         if kind == HALVED:
             self.free(gradient)
             return self.attention_half_backward(layer, of_stream, kept)

@@ -16,6 +16,8 @@ BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 HEAD_TILE = 512
 """Tokens whose logits exist at once in the loss of fused layers (model/head.py)."""
+MLP_TILE = 4096
+"""Tokens at once at most in the MLP of a fused layer that is recomputed: beyond, gate and up would be the peak."""
 LOSS_ROWS, LOSS_COLUMNS = 4096, 32768
 """Tile of logits in trl 1.16 (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)."""
 BLOCK = 64
@@ -74,6 +76,11 @@ class Workload:
 
     def replace(self, **changes) -> Workload:
         return replace(self, **changes)
+
+
+def mlp_tile(tokens: int) -> int:
+    """Tokens of a tile, all of them alike but for the last."""
+    return -(-tokens // -(-tokens // MLP_TILE))
 
 
 class Tape:

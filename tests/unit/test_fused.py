@@ -2,50 +2,30 @@
 what is kept."""
 
 import copy
-import itertools
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamanb import Card, Recipe, plan
 from llamanb.architecture import Architecture
 from llamanb.data.encode import IGNORE, load_tokenizer
+from llamanb.memory import outline
 from llamanb.model import attach_adapters, load_model
 from llamanb.model import fused as module
-from llamanb.model.attention import for_rows
-from llamanb.model.fused import FusedDecoder, FusedLayer, Part, Places, copy_adapters, fits_layer
+from llamanb.model import products
+from llamanb.model.fused import FusedDecoder, FusedLayer, fits_layer
 from llamanb.model.head import head_loss
+from llamanb.model.products import Part, copy_adapters
 from llamanb.recipe import LINEAR_LAYERS
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
 from llamanb.tape.step import Step
+from tests.unit.small_llama import KINDS, RANK, VOCABULARY, places, tiny
 
-KINDS = (STORED, HALVED, CHECKPOINTED, OFFLOADED)
 MIXED = (OFFLOADED, CHECKPOINTED, HALVED, STORED)
 LAYOUTS = [*((kind,) * 4 for kind in KINDS), MIXED, MIXED[::-1], (HALVED, STORED, CHECKPOINTED, STORED)]
 EVEN, UNEVEN, ALONE = (7, 7, 7), (9, 1, 6, 4), (11,)
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-VOCABULARY, RANK = 97, 3
-
-
-def tiny(layers=4, targets=LINEAR_LAYERS, *, base=SHAPE, **settings) -> torch.nn.Module:
-    """A Llama of random fp32 weights, norms too, with adapters whose B is not zero."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers, "vocab_size": VOCABULARY, **base})
-    return trained(LlamaForCausalLM(config), targets, **settings)
-
-
-def trained(model, targets=LINEAR_LAYERS, **settings):
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            weight.data.add_(torch.randn_like(weight), alpha=0.2)
-    adapted = get_peft_model(model, LoraConfig(target_modules=targets, r=RANK, lora_alpha=5, **settings))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(std=0.1)
-    return adapted
 
 
 @pytest.fixture(scope="module")
@@ -221,79 +201,6 @@ def test_a_second_backward_adds_the_same_or_refuses(kind):
         of_first.sum().backward()
 
 
-# In float64
-
-
-@pytest.fixture
-def double(monkeypatch):
-    """Plain forms widen to fp32; float64 stays what it is here, so that differences can be taken."""
-    wide = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else wide(t))
-    model = tiny(1).double()
-    return model.get_decoder().layers[0]
-
-
-def numbers(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "residual"), [("entry", False), ("gate_up", False), *itertools.product(("o", "down"), (False, True))]
-)
-def test_products_against_differences(double, name, residual):
-    part: Part = getattr(FusedLayer(double), name)
-    width = part.linears[0].base.in_features
-    inputs = [numbers(4, width) for _ in range(2 if name == "down" else 1)]
-    stream = [numbers(4, 32)] if residual else []
-
-    def products(*tensors):
-        copy_adapters([part], tensors[0])
-        return part(*tensors[: len(inputs)], residual=tensors[len(inputs)] if residual else None)
-
-    # The adapters are the part's own tensors, which gradcheck changes in place
-    assert torch.autograd.gradcheck(products, (*inputs, *stream, *part.adapters))
-
-
-def test_prologues_against_differences(double):
-    x, gate, up = numbers(5, 32), numbers(5, 48), numbers(5, 48)
-    layer = FusedLayer(double)
-    for prologue, inputs in (
-        (layer.entry.prologue, (x,)),
-        (module.AS_IT_IS, (x,)),
-        (module.SWIGLU, (gate, up)),
-    ):
-        value = prologue.value(*inputs)
-        gradient = torch.randn_like(value)
-        right = torch.autograd.grad(value, inputs, gradient)
-        for one, other in zip(prologue.backward(gradient.clone(), *inputs), right, strict=True):
-            torch.testing.assert_close(one, other)
-        assert torch.autograd.gradcheck(prologue.value, inputs)
-
-
-def places(lengths, dtype=torch.float64):
-    angles = torch.cat([torch.arange(n) for n in lengths])[:, None] * torch.linspace(1, 0.1, 4).repeat(2)
-    return Places(angles.cos().to(dtype), angles.sin().to(dtype), for_rows(lengths, "", torch.device("cpu")))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_layer_against_differences(double, kind):
-    layer, at = FusedLayer(double), places((2, 1))
-    adapters = [t for part in layer.parts for t in part.adapters]
-
-    def whole(x, *_):
-        copy_adapters(layer.parts, x)
-        return layer(x, at, kind)
-
-    assert torch.autograd.gradcheck(whole, (numbers(3, 32), *adapters), fast_mode=True)
-
-
-def test_rotation_and_last_norm_against_differences(double):
-    at = places((3, 2))
-    assert torch.autograd.gradcheck(lambda x: module._Rotated.apply(x, at.cos, at.sin), [numbers(5, 2, 8)])
-    weight = torch.randn(32, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: module._Normed.apply(x, weight, 1e-5), [numbers(5, 32)])
-
-
 # What is kept
 
 LOW = {"entry": 3 * RANK, "o": RANK, "gate_up": 2 * RANK, "down": RANK}
@@ -349,10 +256,10 @@ def test_offloaded_inputs_wait_in_host_memory(shared, monkeypatch):
 def test_a_frozen_input_gets_no_gradient_and_no_product_is_made_for_it(monkeypatch):
     model, products = tiny(2), []
     product = module._product_backward
-    monkeypatch.setattr(module, "_product_backward", lambda *args: products.append(1) or product(*args))
+    monkeypatch.setattr(products, "_product_backward", lambda *args: products.append(1) or product(*args))
     ids, labels = rows_of(EVEN)
     found(model, ids, labels)
-    assert len(products) == 7 + 4, "of the first layer, queries, keys and values end at the embedding"
+    assert len(made) == 7 + 4, "of the first layer, queries, keys and values end at the embedding"
 
 
 # What cannot be fused
@@ -427,3 +334,35 @@ def test_adapters_are_copied_once_for_all_of_a_steps_products(shared, monkeypatc
     first.data.copy_(before)
     with pytest.raises(AttributeError):  # never without the adapters, in silence
         losses()
+
+
+@pytest.mark.parametrize("kind", [HALVED, CHECKPOINTED, OFFLOADED])
+def test_a_long_rows_mlp_goes_tile_by_tile(shared, monkeypatch, kind):
+    monkeypatch.setattr("llamanb.tape.workload.MLP_TILE", 6)
+    seen, compute = [], Part.compute
+
+    def watched(part, residual, inputs):
+        seen.append((part.prologue, len(inputs[0])))
+        return compute(part, residual, inputs)
+
+    monkeypatch.setattr(Part, "compute", watched)
+    assert_same(shared, UNEVEN, (kind,) * 4)
+    assert seen
+    assert max(tokens for prologue, tokens in seen if prologue is module.SWIGLU) <= 6 < sum(UNEVEN)
+    assert max(tokens for prologue, tokens in seen if prologue is module.AS_IT_IS) == sum(UNEVEN), "attention does not"
+
+
+def test_what_is_kept_is_never_in_tiles(shared, monkeypatch):
+    monkeypatch.setattr("llamanb.tape.workload.MLP_TILE", 6)
+    assert_same(shared, UNEVEN, (STORED,) * 4)
+
+
+@pytest.mark.parametrize("kind", [HALVED, CHECKPOINTED, OFFLOADED])
+def test_tiles_bound_what_a_recomputed_mlp_takes(monkeypatch, kind):
+    model = Architecture("tiny", 64, 3, 4, 2, 16, 512, VOCABULARY, False, 4096)
+    work = Workload(model, 1, 2048, (kind,) * 3, True, "fp16", "nf4", rank=RANK)
+    whole = outline(work).allocated
+    monkeypatch.setattr("llamanb.tape.workload.MLP_TILE", 256)
+    tiled = outline(work.replace(accumulation=3)).allocated  # another workload: outlines are remembered
+    gate_and_up = 2 * 2 * 2048 * 512
+    assert whole - tiled > gate_and_up

@@ -157,8 +157,10 @@ def test_only_the_optimizer_step_knows_fused_layers():
     """They are counted apart, since all else is the same without them (docs/decisions/0011)."""
     for module in ("fused", "head"):
         assert _uses(f"llamanb.model.{module}") == {"training/step"}
+    assert _uses("llamanb.model.products") == {"model/fused"}
     for module in ("kernels", "elementwise"):
-        assert _uses(f"llamanb.model.{module}") <= {"model/fused", "model/head", "model/elementwise", "training/step"}
+        users = _uses(f"llamanb.model.{module}")
+        assert users <= {f"model/{user}" for user in ("fused", "products", "head", "elementwise")} | {"training/step"}
 
 
 def test_no_file_a_reader_would_dread():
