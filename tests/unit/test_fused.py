@@ -12,9 +12,8 @@ from llamanb import Card, Recipe, plan
 from llamanb.architecture import Architecture
 from llamanb.data.encode import IGNORE, load_tokenizer
 from llamanb.memory import outline
-from llamanb.model import attach_adapters, load_model
+from llamanb.model import attach_adapters, load_model, products
 from llamanb.model import fused as module
-from llamanb.model import products
 from llamanb.model.fused import FusedDecoder, FusedLayer, fits_layer
 from llamanb.model.head import head_loss
 from llamanb.model.products import Part, copy_adapters
@@ -254,9 +253,9 @@ def test_offloaded_inputs_wait_in_host_memory(shared, monkeypatch):
 
 
 def test_a_frozen_input_gets_no_gradient_and_no_product_is_made_for_it(monkeypatch):
-    model, products = tiny(2), []
-    product = module._product_backward
-    monkeypatch.setattr(products, "_product_backward", lambda *args: products.append(1) or product(*args))
+    model, made = tiny(2), []
+    product = products._product_backward
+    monkeypatch.setattr(products, "_product_backward", lambda *args: made.append(1) or product(*args))
     ids, labels = rows_of(EVEN)
     found(model, ids, labels)
     assert len(made) == 7 + 4, "of the first layer, queries, keys and values end at the embedding"
