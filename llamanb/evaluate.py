@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,10 +108,13 @@ def _loss(model, data: TrainingData) -> float:
     """Mean over every trained token of every row, whatever batch it stands in."""
     import torch
 
+    from llamanb.attempts import in_halves
+
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = core.get_output_embeddings()
-    total, count = 0.0, 0
-    for rows in _batches(data.held_out, lambda row: len(row.input_ids)):
+
+    def summed(rows: list[Encoded]) -> tuple[float, int]:
+        total, count = 0.0, 0
         ids, mask, labels = (tensor.to(model.device) for tensor in _padded(rows, data.tokenizer.pad_token_id))
         hidden = core.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         wanted = labels[:, 1:] != IGNORE
@@ -119,7 +123,11 @@ def _loss(model, data: TrainingData) -> float:
             logits = head(part.to(head.weight.dtype)).float()
             total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
             count += len(target)
-    return total / count
+        return total, count
+
+    batches = _batches(data.held_out, lambda row: len(row.input_ids))
+    parts = [part for rows in batches for part in in_halves(summed, rows)]
+    return sum(total for total, _ in parts) / sum(count for _, count in parts)
 
 
 def answer(model, tokenizer, question: str, *, max_new_tokens: int = LONGEST_ANSWER) -> str:
@@ -130,16 +138,18 @@ def answer(model, tokenizer, question: str, *, max_new_tokens: int = LONGEST_ANS
 
 def _answers(model, data: TrainingData) -> list[str]:
     """Greedy answers to the held-out prompts, in the rows' order; none where the rows are plain text."""
+    from llamanb.attempts import in_halves
+
     tokenizer = data.tokenizer
     examples = [example for example in data.held_out_examples if example.messages]
     prompts = [render(tokenizer, e.messages[: _prompt_length(e)], e.tools, prompt=True) for e in examples]
     longest = max((len(tokenizer(text)["input_ids"]) for e in examples for text in e.references), default=0)
-    answers = [""] * len(prompts)
+    most, answers = min(longest + 16, LONGEST_ANSWER), [""] * len(prompts)
     sizes = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     order = sorted(range(len(prompts)), key=sizes.__getitem__)  # like lengths together: little padding
     for batch in _batches(order, sizes.__getitem__):
-        texts = _generate(model, tokenizer, [prompts[i] for i in batch], min(longest + 16, LONGEST_ANSWER))
-        for i, text in zip(batch, texts, strict=True):
+        parts = in_halves(lambda texts: _generate(model, tokenizer, texts, most), [prompts[i] for i in batch])
+        for i, text in zip(batch, itertools.chain(*parts), strict=True):
             answers[i] = text
     return answers
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from llamanb.advice import changes_that_fit
 from llamanb.architecture import architecture
+from llamanb.attempts import forget, is_out_of_memory
 from llamanb.errors import LlamanbError
 from llamanb.html import Bar, Table
 from llamanb.layout import GIB, Plan
@@ -29,7 +29,6 @@ from llamanb.watch.buckets import lasting_bytes
 
 SNAPSHOT = "memory_snapshot.pickle"
 EARLIER, OTHERS, GAPS, CONTEXT = "earlier cells of this notebook", "other processes", "fragmentation", "CUDA context"
-MESSAGES = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out")
 MAKING = {"load": WEIGHTS, "forward": ACTIVATIONS, "loss": LOSS, "backward": ACTIVATIONS, "optimizer step": OPTIMIZER}
 """What each phase makes beside what can be counted."""
 LEAST_GIB = 0.1
@@ -45,11 +44,6 @@ class OutOfMemoryError(LlamanbError):
         super().__init__(what, why, fix)
         self.phase, self.bucket, self.held, self.changes = phase, bucket, held, changes
         self.details = (held, changes) if changes.rows else (held,)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """By type, and by message: cuBLAS, Triton and the driver raise a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in MESSAGES)
 
 
 class Scene:
@@ -76,11 +70,7 @@ class Scene:
             self.trainer.accelerator.free_memory()
             vars(self.trainer).clear()
         self.model = self.trainer = None
-        seen = set()
-        while error and id(error) not in seen:  # an error may be its own cause
-            seen.add(id(error))
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__ or error.__context__
+        forget(error)
         gc.collect()
         if self.plan.card.is_gpu:
             torch.cuda.empty_cache()
@@ -88,7 +78,9 @@ class Scene:
     def explain(self, error: BaseException, timeline: Timeline) -> OutOfMemoryError | None:
         """The error as a person can act on it; None where it is no lack of the GPU's memory, or where a GPU in that
         state no longer answers."""
-        if not (self.plan.card.is_gpu and self.plan.memory and is_out_of_memory(error)):
+        if not (self.plan.card.is_gpu and self.plan.memory and is_out_of_memory(error)) or isinstance(
+            error, MemoryError
+        ):
             return None
         with contextlib.suppress(OSError, RuntimeError):  # the disk may be full too
             torch.cuda.memory._dump_snapshot(str(self.folder / SNAPSHOT))

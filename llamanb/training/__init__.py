@@ -17,7 +17,7 @@ from llamanb.planner import steps_of
 from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
 from llamanb.timeline import Timeline, replace_text
 from llamanb.training.checkpoints import lock, step_of
-from llamanb.training.resume import CHECKPOINTS, Progress, pick_up, rows_hash
+from llamanb.training.resume import CHECKPOINTS, Progress, as_it_ran, pick_up, rows_hash
 
 __all__ = ["CHECKPOINTS", "Run", "train"]
 
@@ -64,6 +64,7 @@ def train(
         progress = Progress(rows_hash(data))
         if checkpoint:
             progress = _continued(checkpoint, plan, data, progress.rows)
+            plan = as_it_ran(plan, checkpoint.parents[1])
         hub.checkpoint_folder(plan.recipe.model, plan.recipe.revision)  # all that can be refused is, before any change
         folder = checkpoint.parents[1].resolve() if checkpoint else new_folder(Path(runs), name)
         if not checkpoint:
@@ -149,6 +150,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model, write_model_card
     from llamanb.training.saves import Saves
+    from llamanb.training.step import heaviest
     from llamanb.training.trainer import (
         StopAfter,
         StopOnInterrupt,
@@ -181,10 +183,16 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     interrupt = StopOnInterrupt()
     watchers = [LiveView(timeline), interrupt, *callbacks]
     trainer = scene.trainer = build_trainer(plan, model, data, folder, watchers, report_to)
+
+    def replanned(now: Plan) -> None:
+        scene.plan = now
+        scene.run = scene.run.replace(plan=now)
+        replace_text(folder / "plan.json", now.to_json())
+
     if trainer.slow:
-        plan = scene.plan = plan.replace(reasons={**plan.reasons, "fused": trainer.slow})
-        scene.run = scene.run.replace(plan=plan)
-        replace_text(folder / "plan.json", plan.to_json())
+        replanned(plan.replace(reasons={**plan.reasons, "fused": trainer.slow}))
+    trainer.replanned = replanned
+    trainer.probe = heaviest(data.train, plan)
     trainer.tokens = progress.steps[-1].tokens if progress.steps else 0
     instants.attach(trainer)
     saves = Saves(recipe, progress, timeline, folder)
@@ -205,14 +213,14 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
                 print(f"{status}, at step {saves.step}: run this again to go on from there", flush=True)
     scene.run = scene.run.replace(train_s=train_s, buckets_gib=scene.buckets_gib)
     instants.begins("save")  # before anything else can fail
-    saved = save_model(model, data.tokenizer, plan, folder)
+    saved = save_model(model, data.tokenizer, scene.plan, folder)
     scene.run.save()
 
     if progress.before:
         instants.begins("score")
         print("scoring the held-out rows again", flush=True)
         scene.run = scene.run.replace(scores=compare(progress.before, evaluate(model, data), data))
-        write_model_card(saved, plan, str(scene.run.scores.tables()[0]))
+        write_model_card(saved, scene.plan, str(scene.run.scores.tables()[0]))
     scene.run = scene.run.replace(status=status)
     scene.run.save()
 

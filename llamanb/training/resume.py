@@ -22,6 +22,8 @@ from llamanb.training.checkpoints import lock, newest
 CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
 LONGER = {"steps", "epochs"}
 CADENCE = {"stop_after_min", "checkpoint_every_min", "checkpoint_every_steps"}
+RAN_OUT = "ran out of memory"
+"""Begins the reason of a plan's layers where it took the place of another in the middle of a run."""
 FREE = LONGER | CADENCE | {"micro_batch_size", "checkpointing"}
 """Fields that decide neither what is trained nor on what: a run may go on with others."""
 
@@ -83,6 +85,17 @@ def pick_up(plan: Plan, runs: Path, name: str, resume: bool | None, held: contex
     if changed and (not resume or changed.keys() - FREE):
         raise _another_recipe(folder, changed)
     return checkpoint
+
+
+def as_it_ran(plan: Plan, folder: Path) -> Plan:
+    """The plan, with what became of it in that run when memory ran out; unless it is for another card by now, or asks
+    for a layout of its own."""
+    was = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    asked = [(p.card.name, p.recipe.micro_batch_size, p.recipe.checkpointing) for p in (was, plan)]
+    if not was.reasons.get("layers", "").startswith(RAN_OUT) or asked[0] != asked[1]:
+        return plan
+    kept = ("micro_batch_size", "accumulation", "layers", "memory", "time", "reasons", "alternatives")
+    return plan.replace(**{name: getattr(was, name) for name in kept})
 
 
 def _nothing(why: str, resume: bool | None) -> None:

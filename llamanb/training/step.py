@@ -1,16 +1,18 @@
-"""One optimizer step: its rows are a pool of tokens, done in as many micro-batches as memory asks for."""
+"""One optimizer step: its rows are a pool of tokens, done in as many micro-batches as memory asks for; and again in
+more of them, where it was not enough."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl import SFTTrainer
 
+from llamanb.attempts import attempt
 from llamanb.data.encode import IGNORE
 from llamanb.data.packing import pack
 from llamanb.layout import Plan
@@ -18,6 +20,9 @@ from llamanb.model.elementwise import Fast
 from llamanb.model.fused import FusedDecoder, fits_layer
 from llamanb.model.head import head_loss
 from llamanb.model.layers import lay_out
+from llamanb.nvml import first_line
+from llamanb.training.recovery import go_on, smaller
+from llamanb.training.resume import RAN_OUT
 
 
 def pool(rows: Sequence[dict]) -> dict:
@@ -26,6 +31,13 @@ def pool(rows: Sequence[dict]) -> dict:
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     labels = [torch.as_tensor([IGNORE, *row["labels"][1:]]) for row in rows]
     return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "lengths": [len(row) for row in ids]}
+
+
+def heaviest(rows: Sequence, plan: Plan) -> dict:
+    """The pool of the longest rows: a micro-batch of them, and a second one where steps have several."""
+    count = plan.micro_batch_size * min(2, plan.accumulation)
+    longest = sorted(rows, key=lambda row: len(row.input_ids))[-count:]
+    return pool([{"input_ids": row.input_ids, "labels": row.labels} for row in longest])
 
 
 class StepTrainer(SFTTrainer):
@@ -43,6 +55,11 @@ class StepTrainer(SFTTrainer):
         self.fused = None
         self.slow = ""
         """Why steps take longer than planned, in words."""
+        self.probe: dict | None = None
+        """Rows that take most memory, as `pool` gives them: tried before the first step, and nothing learned from
+        them."""
+        self.replanned: Callable[[Plan], None] = lambda plan: None
+        """Told of each plan that took the place of one that ran out of memory."""
         if plan.fused:
             why_not = next(filter(None, map(fits_layer, self.model.get_decoder().layers)), "")
             if why_not:
@@ -57,8 +74,56 @@ class StepTrainer(SFTTrainer):
     def layers_done(self) -> None:
         """Called between the last layer and the loss; for who watches."""
 
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        go_on(optimizer)
+        return optimizer
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         model.train()
+        if self.probe:
+            probe, self.probe = self.probe, None
+            before = _random_state()
+            self._recovering(lambda: self._summed(model, probe, num_items_in_batch))
+            model.zero_grad()
+            _set_random_state(before)
+        total = self._recovering(lambda: self._summed(model, inputs, num_items_in_batch))
+        self.tokens += sum(inputs["lengths"])
+        self._metrics["train"]["num_tokens"] = [self.tokens]
+        return total
+
+    def _recovering(self, work: Callable[[], Tensor]) -> Tensor:
+        """What `work` returns, with as many smaller plans as it takes; from the same random state, and no gradients."""
+        before = _random_state()
+
+        def otherwise(error: BaseException) -> Callable[[], Tensor] | None:
+            less, why = smaller(self.plan), first_line(error)
+
+            def again() -> Tensor:
+                self.model.zero_grad()
+                _set_random_state(before)
+                self._take(less, why)
+                return self._recovering(work)
+
+            return less and again
+
+        return attempt(work, otherwise)
+
+    def _take(self, less: Plan, why: str) -> None:
+        was, self.plan = self.plan, less
+        if self.fused:
+            self.fused.kinds = less.layers
+        else:
+            lay_out(self.model, less.layers)
+        words = f"{less.micro_batch_size} rows at once after {was.micro_batch_size}"
+        words += f", {less.recomputed} layers recomputed after {was.recomputed}"
+        step = self.state.global_step + 1
+        print(f"out of memory at step {step} ({why}); the same step again, nothing lost: {words}", flush=True)
+        reason = f"{RAN_OUT} at step {step}: {words}"
+        self.plan = less.replace(reasons={**less.reasons, "layers": reason, "micro_batch_size": reason})
+        self.replanned(self.plan)
+
+    def _summed(self, model, inputs: dict, num_items_in_batch) -> Tensor:
         total = 0
         with self.fused.step() if self.fused else contextlib.nullcontext():
             for micro in self._micro_batches(inputs):
@@ -66,8 +131,6 @@ class StepTrainer(SFTTrainer):
                     loss = self.compute_loss(model, self._prepare_inputs(micro), num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(loss)
                 total += loss.detach()
-        self.tokens += sum(inputs["lengths"])
-        self._metrics["train"]["num_tokens"] = [self.tokens]
         return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -98,3 +161,13 @@ def _padded(ids: Sequence[Tensor], labels: Sequence[Tensor], padding: int) -> di
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
     }
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

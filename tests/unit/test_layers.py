@@ -103,7 +103,7 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"search"},
     {"planner", "data", "gpu_check"},
     {"advice"},
-    {"timeline"},
+    {"timeline", "attempts"},
     {"model", "plots", "evaluate", "quiet", "starter"},
     {"watch"},
     {"run"},

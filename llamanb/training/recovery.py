@@ -1,0 +1,77 @@
+"""What a training does when memory runs out: the same step again in a way that takes less, or the optimizer's from
+where it came to. What is learned stays the same."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch.optim import Optimizer
+
+from llamanb.architecture import architecture
+from llamanb.attempts import attempt
+from llamanb.layout import GIB, Plan
+from llamanb.memory import predict
+from llamanb.planner import search, workload_of
+from llamanb.tape import CHECKPOINTED
+
+SMALLER = 0.95
+"""Share of what the plan takes that the next one is made for; it keeps a margin of its own besides."""
+
+
+def smaller(plan: Plan) -> Plan | None:
+    """The fastest plan for the same steps that takes noticeably less memory; None where this one takes least.
+
+    Less by prediction: where the plan was wrong, or others took memory, one after the other is tried.
+    """
+    recipe, shape = plan.recipe, architecture(plan.recipe.model, plan.recipe.revision)
+    if plan.memory is None:  # a CPU, whose memory nothing is planned for
+        if plan.micro_batch_size > 1:
+            rows = next(n for n in range(plan.micro_batch_size // 2, 0, -1) if recipe.effective_batch_size % n == 0)
+            return _with(plan, rows, plan.layers)
+        least = (CHECKPOINTED,) * shape.layers
+        return _with(plan, 1, least) if plan.layers != least else None
+    takes = predict(workload_of(plan, shape)).reserved / GIB
+    free = recipe.replace(max_length=plan.length, micro_batch_size=None, checkpointing="auto")
+    found = search(free, replace(plan.card, free_gib=SMALLER * takes), shape, force=True)
+    if found.needs_gib > takes * SMALLER:
+        return None
+    return _with(plan, found.micro_batch_size, found.layers).replace(memory=found.memory, time=found.time)
+
+
+def _with(plan: Plan, rows: int, layers: tuple[str, ...]) -> Plan:
+    return plan.replace(
+        micro_batch_size=rows, accumulation=plan.recipe.effective_batch_size // rows, layers=layers, alternatives=()
+    )
+
+
+def go_on(optimizer: Optimizer) -> None:
+    """Makes the optimizer's step go on, once, where memory runs out in it: with the parameters that it had not come to,
+    after the allocator's cache is given back.
+
+    bitsandbytes makes each parameter's states just before it updates that parameter; torch's fused AdamW makes all of
+    them first.
+    """
+    step = optimizer.step
+
+    def steps(_, closure: Callable | None = None):
+        before = {parameter: _count(state) for parameter, state in optimizer.state.items()}
+
+        def rest():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    count = _count(optimizer.state.get(parameter, {}))
+                    if count > before.get(parameter, 0):
+                        parameter.grad = None  # done
+                    elif parameter not in before:
+                        optimizer.state.pop(parameter, None)  # half made
+            return step()
+
+        return attempt(lambda: step(closure), lambda error: rest)
+
+    optimizer.step = types.MethodType(steps, optimizer)
+
+
+def _count(state: dict) -> int:
+    return int(state.get("step", 0))
