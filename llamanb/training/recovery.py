@@ -21,9 +21,9 @@ SMALLER = 0.95
 
 
 def smaller(plan: Plan) -> Plan | None:
-    """The fastest plan for the same steps that takes noticeably less memory; None where this one takes least.
+    """The fastest plan for the same steps that takes less memory, by prediction; None where this one takes least.
 
-    Less by prediction: where the plan was wrong, or others took memory, one after the other is tried.
+    Where the plan was wrong, or others took memory, one after the other is tried.
     """
     recipe, shape = plan.recipe, architecture(plan.recipe.model, plan.recipe.revision)
     if plan.memory is None:  # a CPU, whose memory nothing is planned for
@@ -35,7 +35,7 @@ def smaller(plan: Plan) -> Plan | None:
     takes = predict(workload_of(plan, shape)).reserved / GIB
     free = recipe.replace(max_length=plan.length, micro_batch_size=None, checkpointing="auto")
     found = search(free, replace(plan.card, free_gib=SMALLER * takes), shape, force=True)
-    if found.needs_gib > takes * SMALLER:
+    if found.needs_gib >= takes:
         return None
     return _with(plan, found.micro_batch_size, found.layers).replace(memory=found.memory, time=found.time)
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from llamanb.attempts import attempt
 from llamanb.nvml import first_line
 from llamanb.recipe import Recipe
 from llamanb.timeline import Timeline
@@ -96,11 +97,15 @@ class Saves(TrainerCallback):
             begins("save")
             begin_s, step = time.monotonic(), trainer.state.global_step
             made = Path(trainer.args.output_dir) / f"checkpoint-{step}"
-            try:
+
+            def anew() -> None:
                 shutil.rmtree(made.parent, ignore_errors=True)
                 write(model, trial)
+
+            try:
+                attempt(anew, lambda error: anew)
                 self._commit(made, step)
-            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk by any other name
+            except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk by any other name
                 shutil.rmtree(made.parent, ignore_errors=True)
                 self._tell(step, error, trainer.control.should_training_stop)
                 self._next_s = time.monotonic() + RETRY_S
