@@ -11,7 +11,17 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llamanb"
 PACKAGE_LIMIT, MODULE_LIMIT = 6000, 350
-EXTRAS = ("shrink/", "export/", "scale/", "scale.py", "gpu_check.py", "tradeoffs.py", "claims.py", "tiny/make.py")
+EXTRAS = (
+    "shrink/",
+    "export/",
+    "scale/",
+    "scale.py",
+    "gpu_check.py",
+    "tradeoffs.py",
+    "tradeoffs_picture.py",
+    "claims.py",
+    "tiny/make.py",
+)
 EXTRAS += ("setup/environment.py",)
 """Not on the way of the quickstart, and never imported by it (tests/unit/test_layers.py)."""
 REPLAY = ("tape/", "allocator.py")

@@ -79,7 +79,7 @@ def peaks_picture(planned_gib: Mapping[str, float], seen_gib: Mapping[str, float
     """Allocated memory at the peak of each part of a step: what was planned beside what was seen."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots()
-    _style(axes, "GiB", "")
+    style(axes, "GiB", "")
     for at, part in enumerate(planned_gib):
         for offset, sizes, color in ((-0.2, planned_gib, PLANNED), (0.2, seen_gib, MEMORY)):
             if (size := sizes.get(part)) is None:
@@ -87,8 +87,8 @@ def peaks_picture(planned_gib: Mapping[str, float], seen_gib: Mapping[str, float
             axes.barh(at + offset, size, height=0.36, color=color)
             inside = size > 0.2 * max(planned_gib.values())  # where no line crosses the number
             place = {"xytext": (-3 if inside else 3, 0), "ha": "right" if inside else "left", "va": "center"}
-            style = {"color": "white" if inside else INK, "fontsize": 8, "textcoords": "offset points"}
-            axes.annotate(f"{size:.2f}", (size, at + offset), **place, **style)
+            look = {"color": "white" if inside else INK, "fontsize": 8, "textcoords": "offset points"}
+            axes.annotate(f"{size:.2f}", (size, at + offset), **place, **look)
     axes.set_yticks(range(len(planned_gib)), list(planned_gib))
     axes.invert_yaxis()
     if limit_gib:
@@ -101,7 +101,7 @@ def peaks_picture(planned_gib: Mapping[str, float], seen_gib: Mapping[str, float
 
 
 def _draw_loss(axes, timeline: Timeline) -> str:
-    _style(axes, "optimizer step", "loss per token")
+    style(axes, "optimizer step", "loss per token")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if not timeline.steps:
         axes.set(xticks=[], yticks=[])
@@ -110,7 +110,7 @@ def _draw_loss(axes, timeline: Timeline) -> str:
     steps = [s.step for s in timeline.steps]
     rates = axes.twinx()
     rates.plot(*_thinned(steps, [s.learning_rate for s in timeline.steps]), color=INK, linewidth=0.8, linestyle=":")
-    _style(rates, "", "learning rate")
+    style(rates, "", "learning rate")
     rates.grid(visible=False)
     rates.ticklabel_format(style="sci", axis="y", scilimits=(-2, 2))
     rates.yaxis.get_offset_text().set(color=INK, fontsize=8)
@@ -125,7 +125,7 @@ def _draw_loss(axes, timeline: Timeline) -> str:
 
 def _draw_memory(axes, timeline: Timeline) -> str:
     samples = list(timeline.samples)
-    _style(axes, "seconds", "GiB")
+    style(axes, "seconds", "GiB")
     if not samples:
         axes.set(xticks=[], yticks=[])
         axes.set_title(timeline.source, color=INK, fontsize=9, loc="left", parse_math=False)
@@ -185,7 +185,8 @@ def _kept(y: Sequence[float]) -> list[int]:
     return [max(range(i, min(i + stride, len(y))), key=height) for i in range(0, len(y), stride)]
 
 
-def _style(axes, x_label: str, y_label: str) -> None:
+def style(axes, x_label: str, y_label: str) -> None:
+    """Labels, ticks and grid that stand out on any background."""
     axes.set_xlabel(x_label, color=INK, fontsize=9)
     axes.set_ylabel(y_label, color=INK, fontsize=9)
     axes.tick_params(colors=INK, labelsize=8)
@@ -199,7 +200,7 @@ def lengths_picture(lengths: Sequence[int], max_length: int) -> Picture:
     """How many rows are how long (tokens), and which are over `max_length`."""
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     axes = figure.subplots()
-    _style(axes, "tokens of a row", "rows")
+    style(axes, "tokens of a row", "rows")
     words, lengths = "no rows", sorted(lengths)
     if lengths:
         over = sum(length > max_length for length in lengths)
@@ -222,52 +223,3 @@ def _draw_lengths(axes, lengths: list[int], max_length: int) -> None:
     at_the_top = {"xycoords": ("data", "axes fraction"), "va": "top"}
     axes.annotate(" max_length", (max_length, 1), color=LIMIT, fontsize=8, **at_the_top)
     axes.set_xlim(0, max(lengths[-1], max_length) * 1.03)
-
-
-def tradeoffs_picture(points: Mapping[str, tuple[float, float]], memory: str) -> Picture:
-    """Memory against speed: (memory, tokens a second) by name, the first one marked; `memory` names its axis."""
-    figure = Figure(figsize=(8.5, 4.4), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    _style(axes, memory, "tokens a second")
-    for color, shown in ((MEMORY, list(points.values())[1:]), (LOSS, list(points.values())[:1])):
-        axes.scatter([size for size, _ in shown], [speed for _, speed in shown], color=color, s=20, zorder=3)
-    axes.margins(0.12, 0.15)
-    _label(figure, axes, points)
-    words = (f"{name}: {size:,.1f} {memory}, {speed:,.0f} tokens/s" for name, (size, speed) in points.items())
-    return Picture(figure, "; ".join(words) or "nothing was measured")
-
-
-def _label(figure: Figure, axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes each point's name in the nearest free place around it, with a line to it where that is not beside it."""
-    FigureCanvasAgg(figure)
-    figure.draw_without_rendering()
-    places = [tuple(axes.transData.transform(at)) for at in points.values()]  # in pixels
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
-    left, bottom, right, top = axes.get_window_extent().extents
-    for (name, at), (x, y) in zip(points.items(), places, strict=True):
-        label = axes.annotate(name, at, (0, 0), textcoords="offset points", ha="center", va="center", fontsize=8)
-        label.set(color=INK, in_layout=False)
-        size, best = label.get_window_extent(), None
-        for far, turn in itertools.product(range(6, 150, 8), range(0, 360, 15)):
-            dx = (size.width / 2 + far) * math.cos(math.radians(turn))
-            dy = (size.height / 2 + far) * math.sin(math.radians(turn))
-            box = (x + dx - size.width / 2 - 2, y + dy - size.height / 2, x + dx + size.width / 2 + 2)
-            box = (*box, y + dy + size.height / 2)
-            out = max(left - box[0], 0) + max(box[2] - right, 0) + max(bottom - box[1], 0) + max(box[3] - top, 0)
-            cost = sum(_shared(box, other) for other in taken) + 50 * out
-            best = min(best or (cost, far, dx, dy, box), (cost, far, dx, dy, box))
-            if not cost:
-                break
-        _, far, dx, dy, box = best
-        taken.append(box)
-        label.set_position((dx * 72 / figure.dpi, dy * 72 / figure.dpi))
-        if far > 6:
-            end = axes.transData.inverted().transform((x + dx, y + dy))
-            axes.plot((at[0], end[0]), (at[1], end[1]), color=INK, linewidth=0.5, alpha=0.6, zorder=1)
-
-
-def _shared(one: tuple, other: tuple) -> float:
-    """Square pixels that two boxes (left, bottom, right, top) have in common."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(0.0, width) * max(0.0, height)

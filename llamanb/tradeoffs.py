@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamanb import __version__, plots
+from llamanb import __version__
 from llamanb.architecture import architecture
 from llamanb.card import choose_precision, gpu_in_use
 from llamanb.claims import BASELINE, CLAIMS, HALF, MUCH, NOISE, NOT_FUSED, PADDED, UNPADDED, mib
@@ -36,9 +36,11 @@ from llamanb.html import Table
 from llamanb.layout import EXPANDED_ATTENTION
 from llamanb.memory import SEEN
 from llamanb.planner import plan
+from llamanb.plots import Picture
 from llamanb.recipe import Recipe
 from llamanb.run import FINISHED, Run
 from llamanb.tape import CHECKPOINTED, STORED
+from llamanb.tradeoffs_picture import tradeoffs_picture
 from llamanb.training import CHECKPOINTS, LIBRARIES, train
 from llamanb.trials import KERNELS
 
@@ -156,12 +158,12 @@ class Tradeoffs:
         where = "GPU memory, MiB: what lasts, and the peak of each part" if self.gpu else "host memory, MiB: what lasts"
         return Table(["variant", *buckets, *(f"{part}: peak" for part in parts)], rows, where)
 
-    def picture(self) -> plots.Picture:
+    def picture(self) -> Picture:
         """Memory against speed."""
         first = {row.run.folder: name for name, row in reversed(self.measured.items())}
         shown = {name: row for name, row in self.measured.items() if first[row.run.folder] == name}
         points = {name: (1024 * row.peak_gib, row.speed) for name, row in shown.items()}
-        return plots.tradeoffs_picture(points, "MiB at the peak" if self.gpu else "MiB of host memory that last")
+        return tradeoffs_picture(points, "MiB at the peak" if self.gpu else "MiB of host memory that last")
 
     def verdicts(self) -> Table:
         """What is often said, held against the figures."""

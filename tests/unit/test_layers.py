@@ -71,7 +71,7 @@ def test_a_name_is_the_same_whatever_was_imported_before():
     [
         ("ipywidgets", ("ui",)),
         ("pynvml", ("nvml",)),
-        ("matplotlib", ("plots",)),
+        ("matplotlib", ("plots", "tradeoffs_picture")),
         ("bitsandbytes", ("model", "training")),
         ("trl", ("training",)),
         ("peft", ("model",)),
@@ -110,6 +110,7 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"report", "out_of_memory"},
     {"training"},
     {"claims"},
+    {"tradeoffs_picture"},
     {"tradeoffs"},
     {"rehearsal"},
     {"ui"},
@@ -143,7 +144,17 @@ def test_what_points_back_is_imported_inside_functions_only(part, later):
     assert [name for name in _imported(module) if name and name.startswith(f"llamanb.{later}")]
 
 
-EXTRAS = {"shrink", "export", "scale", "gpu_check", "tradeoffs", "claims", "tiny.make", "setup.environment"}
+EXTRAS = {
+    "shrink",
+    "export",
+    "scale",
+    "gpu_check",
+    "tradeoffs",
+    "tradeoffs_picture",
+    "claims",
+    "tiny.make",
+    "setup.environment",
+}
 
 
 def test_nothing_imports_an_extra():

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from llamanb import plots
 from llamanb.timeline import Sample, Step, Timeline
+from llamanb.tradeoffs_picture import tradeoffs_picture
 
 
 def timeline(samples=(), losses=(), **more) -> Timeline:
@@ -259,10 +260,15 @@ def test_pyplot_and_its_global_state_are_never_loaded():
 def test_names_in_the_picture_of_tradeoffs_lie_apart_and_inside(points, monkeypatch):
     figures = []
     made = plots.Picture
-    monkeypatch.setattr(plots, "Picture", lambda figure, words: figures.append(figure) or made(figure, words))
+
+    def taking(figure, words):
+        figures.append(figure)
+        return made(figure, words)
+
+    monkeypatch.setattr("llamanb.tradeoffs_picture.Picture", taking)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = plots.tradeoffs_picture(points, "MiB at the peak")
+        picture = tradeoffs_picture(points, "MiB at the peak")
     width, height = size(picture)
     assert width < 1200
     assert height < 500
@@ -277,6 +283,6 @@ def test_names_in_the_picture_of_tradeoffs_lie_apart_and_inside(points, monkeypa
 
 
 def test_the_tradeoffs_in_words():
-    words = repr(plots.tradeoffs_picture({"baseline": (4800.2, 1234.0), "int8": (6000, 900)}, "MiB at the peak"))
+    words = repr(tradeoffs_picture({"baseline": (4800.2, 1234.0), "int8": (6000, 900)}, "MiB at the peak"))
     assert words == "baseline: 4,800.2 MiB at the peak, 1,234 tokens/s; int8: 6,000.0 MiB at the peak, 900 tokens/s"
-    assert repr(plots.tradeoffs_picture({}, "MiB")) == "nothing was measured"
+    assert repr(tradeoffs_picture({}, "MiB")) == "nothing was measured"
