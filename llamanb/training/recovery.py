@@ -3,11 +3,14 @@ where it came to. What is learned stays the same."""
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import types
 from collections.abc import Callable
 from dataclasses import replace
 
 from torch.optim import Optimizer
+from transformers import TrainerCallback
 
 from llamanb.architecture import architecture
 from llamanb.attempts import attempt
@@ -15,9 +18,14 @@ from llamanb.layout import GIB, Plan
 from llamanb.memory import predict
 from llamanb.planner import search, workload_of
 from llamanb.tape import CHECKPOINTED
+from llamanb.timeline import Timeline
 
 SMALLER = 0.95
 """Share of what the plan takes that the next one is made for; it keeps a margin of its own besides."""
+
+
+SLOWER, MOST_STEPS = 4, 50
+"""Times as slow as the middle one of so many steps, two steps in a row: no usual step is."""
 
 
 def smaller(plan: Plan) -> Plan | None:
@@ -75,3 +83,27 @@ def go_on(optimizer: Optimizer) -> None:
 
 def _count(state: dict) -> int:
     return int(state.get("step", 0))
+
+
+class Spills(TrainerCallback):
+    """Says once when steps have become much slower: on WSL2 a full GPU moves memory to the host's instead of failing.
+
+    Args:
+        timeline: what `LiveView` adds steps to; it comes first.
+    """
+
+    def __init__(self, timeline: Timeline):
+        self._timeline, self._said = timeline, False
+
+    def on_log(self, args, state, control, **kwargs):
+        pairs = list(itertools.pairwise(self._timeline.steps[-MOST_STEPS:]))
+        rates = [(now.tokens - then.tokens) / max(now.time_s - then.time_s, 1e-9) for then, now in pairs]
+        if self._said or len(rates) < 4 or SLOWER * max(rates[-2:]) >= statistics.median(rates):
+            return
+        self._said = True
+        print(
+            f"steps are {statistics.median(rates) / max(rates[-2:]):.0f} times slower than they were: the GPU may be "
+            "full, and its Windows driver moving memory to the host's. Close what else uses it, or interrupt and go "
+            "on with a smaller micro_batch_size",
+            flush=True,
+        )

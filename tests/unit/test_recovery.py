@@ -1,6 +1,8 @@
 """Memory that runs out: nothing of the failed try lives on, what comes next takes less, and what is learned stays."""
 
+import contextlib
 import gc
+import io
 import itertools
 import weakref
 from types import SimpleNamespace
@@ -13,7 +15,8 @@ from llamanb.attempts import attempt, in_halves, is_out_of_memory
 from llamanb.evaluate import evaluate
 from llamanb.layout import GIB
 from llamanb.tape import CHECKPOINTED, OFFLOADED
-from llamanb.training.recovery import go_on, smaller
+from llamanb.timeline import Step, Timeline
+from llamanb.training.recovery import Spills, go_on, smaller
 from llamanb.training.resume import RAN_OUT, as_it_ran
 from llamanb.training.step import heaviest
 
@@ -257,3 +260,30 @@ def test_smaller_plans_are_of_the_layers_that_run():
     less = smaller(made)
     assert set(less.layers) == {OFFLOADED}
     assert less.needs_gib * GIB < made.needs_gib * GIB
+
+
+# memory that spills
+
+
+def spilled(rates):
+    """What is said of steps of 100 tokens at these tokens a second."""
+    timeline, said = Timeline("test"), []
+    spills, now = Spills(timeline), 0.0
+    for i, rate in enumerate(rates):
+        now += 100 / rate
+        timeline.steps.append(Step(i + 1, now, 1.0, 0.1, 1.0, 100 * (i + 1)))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            spills.on_log(None, None, None)
+        said += [i + 1] if out.getvalue() else []
+    return said
+
+
+def test_steps_that_became_much_slower_are_told_once():
+    assert spilled([50, 200, 210, 190, 205, 200, 20, 21, 20, 22]) == [8], "two in a row: one may have saved"
+
+
+@pytest.mark.parametrize(
+    "rates", [[200] * 20, [200, 190, 20, 200, 210, 20, 205], [20, 200, 200], [200, 100, 90, 80, 70]]
+)
+def test_usual_steps_are_not(rates):
+    assert spilled(rates) == []
