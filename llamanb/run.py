@@ -154,7 +154,7 @@ def new_folder(runs: Path, name: str) -> Path:
     Raises RecipeError for a name that is more than letters, digits, dots, dashes and underscores: a run stays in its
     folder.
     """
-    number = max(_numbers(runs, name), default=0) + 1
+    number = max(numbered(runs, name), default=0) + 1
     while True:
         folder = runs / (name if number == 1 else f"{name}-{number}")
         try:
@@ -167,11 +167,12 @@ def new_folder(runs: Path, name: str) -> Path:
 
 def newest_folder(runs: Path, name: str) -> Path | None:
     """The last of the folders that `new_folder` made for that name; None where there is none. Raises like it."""
-    numbers = _numbers(runs, name)
+    numbers = numbered(runs, name)
     return numbers[max(numbers)] if numbers else None
 
 
-def _numbers(runs: Path, name: str) -> dict[int, Path]:
+def numbered(runs: Path, name: str) -> dict[int, Path]:
+    """The folders that `new_folder` made for a name, by their number. Raises like it."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name):
         raise RecipeError(
             f"a run cannot be named {name!r}",

@@ -18,6 +18,7 @@ from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
 from llamanb.timeline import Timeline, replace_text
 from llamanb.training.checkpoints import lock, step_of
 from llamanb.training.resume import CHECKPOINTS, Progress, as_it_ran, pick_up, rows_hash
+from llamanb.training.second_home import bring_back, copied_to
 
 __all__ = ["CHECKPOINTS", "Run", "train"]
 
@@ -36,6 +37,7 @@ def train(
     runs: str | Path = "runs",
     report_to: str = "none",
     resume: bool | None = None,
+    second_home: str | Path | None = None,
 ) -> Run:
     """Fine-tunes as the plan says; scores before and after; saves all of it. An interrupt (Ctrl-C, the kernel's stop
     button) ends training after the step at hand, and what was learned is saved and scored.
@@ -51,6 +53,8 @@ def train(
         report_to: one of REPORTERS, which gets loss and learning rate too, as transformers passes them on.
         resume: None goes on with an unfinished run of the same recipe. True also with other `steps`, `epochs` and what
             else is in `resume.FREE`, and with a finished run for more steps. False begins a new run.
+        second_home: a folder that outlives this machine, such as one on Google Drive. It gets copies of the run while
+            that trains, and where nothing of the run is in `runs`, it goes on from there.
 
     Raises:
         RecipeError: the newest run of that name is unfinished and of another recipe; says what differs.
@@ -59,6 +63,9 @@ def train(
     """
     _require_reporter(report_to)
     with contextlib.ExitStack() as held:
+        if second_home:
+            second_home = Path(second_home).expanduser().absolute()
+            bring_back(second_home, plan, Path(runs), name, resume)
         checkpoint = pick_up(plan, Path(runs), name, resume, held)
         data = data or load_data(plan.recipe)
         progress = Progress(rows_hash(data))
@@ -69,6 +76,8 @@ def train(
         folder = checkpoint.parents[1].resolve() if checkpoint else new_folder(Path(runs), name)
         if not checkpoint:
             held.enter_context(lock(folder))
+        if second_home:
+            held.enter_context(copied_to(second_home, name, folder))
         return _watched(plan, data, folder, checkpoint, progress, report_to)
 
 

@@ -29,8 +29,13 @@ def commit(made: Path, folder: Path, step: int) -> Path:
 
     Raises OSError, with all that was there as it was.
     """
-    files = {path.name: _facts(path) for path in sorted(made.iterdir())}
+    files = {path.name: facts(path) for path in sorted(made.iterdir())}
     (made / MANIFEST).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
+    return settle(made, folder, step)
+
+
+def settle(made: Path, folder: Path, step: int) -> Path:
+    """The rest of `commit`, for files that have their manifest."""
     for path in (*made.iterdir(), made):
         flush(path)
     target = folder / f"step-{step:08d}"
@@ -57,14 +62,14 @@ def step_of(checkpoint: Path) -> int:
 def holds(checkpoint: Path) -> bool:
     """Whether a folder is what was committed there, bit for bit: no link, and no file more, less or other."""
     try:
-        with _open(checkpoint / MANIFEST) as file:
+        with open_file(checkpoint / MANIFEST) as file:
             manifest = json.load(file)
         there = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
         return (
             not checkpoint.is_symlink()
             and checkpoint.name == f"step-{manifest['step']:08d}"
             and there == manifest["files"].keys()  # so no name that leads elsewhere
-            and all(_facts(checkpoint / name) == manifest["files"][name] for name in there)
+            and all(facts(checkpoint / name) == manifest["files"][name] for name in there)
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
@@ -104,13 +109,13 @@ def _by_step(folder: Path) -> list[Path]:
     return sorted((path for path in found if re.fullmatch(r"step-\d{8}", path.name)), reverse=True)
 
 
-def _facts(path: Path) -> dict[str, int | str]:
-    with _open(path) as file:
+def facts(path: Path) -> dict[str, int | str]:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _open(path: Path):
+def open_file(path: Path):
     """A file itself: no link to one, and nothing that would wait. Raises OSError."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise OSError(f"{path} is not a file")

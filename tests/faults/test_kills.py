@@ -69,9 +69,10 @@ class Sessions:
         fields |= {"micro_batch_size": 2, "steps": STEPS, "dropout": 0.2, "learning_rate": 1e-2, "eval_rows": 2}
         recipe = Recipe(**fields, checkpoint_every_steps=2)
         self.plan, self.data = plan(recipe, Card("CPU", None)), load_data(recipe)
+        self.aim, self.asked = self.runs, {}
 
     def start(self, name: str, number: int = 0) -> int:
-        """Begins one, which kills itself at its n-th touch of the disk where a number is given; returns its process."""
+        """Begins one, which kills itself at its n-th touch of `aim` where a number is given; returns its process."""
         pid = os.fork()
         if pid:
             return pid
@@ -89,8 +90,8 @@ class Sessions:
                 return made
 
             saves.commit = told
-            killer = Killer(number or sys.maxsize, self.runs)
-            train(self.plan, self.data, name=name, runs=self.runs)
+            killer = Killer(number or sys.maxsize, self.aim)
+            train(self.plan, self.data, name=name, runs=self.runs, **self.asked)
             print(f"touched {sys.maxsize - killer.left}", flush=True)
             status = 0
         finally:

@@ -25,7 +25,7 @@ def a_bare_machine(monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_a_run_is_watched_reported_and_made_again_by_the_reports_own_command(run_notebook, tmp_path):
-    notebook = run_notebook("04_train", steps=STEPS)
+    notebook = run_notebook("04_train", steps=STEPS, second_home="home")
     assert noise(notebook) == []
     run = show_run(tmp_path / "runs" / "train")
     assert len(run.losses) == STEPS
@@ -37,6 +37,9 @@ def test_a_run_is_watched_reported_and_made_again_by_the_reports_own_command(run
     assert "no GPU here" in text(notebook, "peaks")
     assert "report.html" in text(notebook, "report")
     assert "<img" in cell(notebook, "result").outputs[0].data["text/html"]
+
+    copied = show_run(tmp_path / "home" / "train")
+    assert (copied.losses, copied.status) == (run.losses, run.status)
 
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     command = next(line for line in page.splitlines() if "papermill notebooks/04_train.ipynb" in line)

@@ -665,10 +665,10 @@ def test_a_pickle_that_would_rather_run_does_not(recipe, tmp_path, ended, monkey
     monkeypatch.chdir(tmp_path)
     checkpoint = newest(folder / CHECKPOINTS)
     torch.save(_Malicious(), checkpoint / name)
-    from llamanb.training.checkpoints import _facts
+    from llamanb.training.checkpoints import facts
 
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    manifest["files"][name] = _facts(checkpoint / name)
+    manifest["files"][name] = facts(checkpoint / name)
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     assert newest(folder / CHECKPOINTS) == checkpoint
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
