@@ -12,6 +12,9 @@ from collections.abc import Callable
 
 from llamanb.html import alert, join, visible
 
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
+"""What comes of reading JSON that is not there or not what it should be."""
+
 
 class LlamanbError(Exception):
     """Something the user can fix.

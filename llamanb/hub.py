@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llamanb import tiny
 from llamanb.errors import (
+    UNREADABLE,
     DataError,
     DiskFullError,
     GatedModelError,
@@ -34,6 +35,8 @@ from llamanb.errors import (
 
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer*")
 WEIGHTS = "*.safetensors"
+FOREIGN = ("auto_map", "configuration_files", "transformers_weights")
+"""Fields of a config.json that would have code run, or other files read."""
 MIRRORS = {  # gated name: the same weights, free to download under the same licence
     "meta-llama/Llama-3.2-1B": "unsloth/Llama-3.2-1B",
     "meta-llama/Llama-3.2-1B-Instruct": "unsloth/Llama-3.2-1B-Instruct",
@@ -96,11 +99,20 @@ def checkpoint_folder(model: str, revision: str = "main", *, weights: bool = Tru
 
 
 def read_config(folder: Path, model: str) -> dict:
-    """The checkpoint's config.json. Raises ModelError where it has none, or is not a Llama."""
+    """The checkpoint's config.json. Raises ModelError where it has none, is not a Llama, or where loading it would run
+    code or read what is not a safetensors file of that folder."""
+    index = folder / "model.safetensors.index.json"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         require_llama(config, model)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
+        foreign = [name for name in FOREIGN if config.get(name)]
+        foreign += [name for name in shards if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]
+        if foreign or (folder / "adapter_config.json").exists():
+            why = f"it names {foreign[0]!r}" if foreign else "an adapter_config.json lies beside its config.json"
+            fix = "choose a checkpoint of plain weights: config.json, tokenizer.json and *.safetensors"
+            raise ModelError(f"{model} would have other code or weights read than its own", why, fix)
+    except UNREADABLE as error:
         raise ModelError(
             f"{model} has no readable config.json",
             f"{folder}: {type(error).__name__}: {error}",

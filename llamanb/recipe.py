@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,7 +264,10 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path} holds no recipe", str(error), "give the recipe.json of a run") from None
 
 
 def _check_choice(name: str, value: object) -> None:
@@ -281,12 +283,11 @@ def _check_choice(name: str, value: object) -> None:
 
 def _checked_number(name: str, value: object) -> int | float:
     kind, low, high = _RANGES[name]
+    number = None
     # bool is an int to Python, and 2e1 a float: neither is what a field of the other kind was meant to be
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        number = None
-    else:
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:  # so no NaN, no inf
         number = kind(value) if kind is float or value == int(value) else None
-    if number is None or not low <= number <= high:
+    if number is None:
         what = "a whole number" if kind is int else "a number"
         raise RecipeError(
             f"{name} = {value!r} is not possible",
@@ -308,6 +309,9 @@ def _check_text(name: str, value: object) -> None:
             f"{name} is a name or a path, in printable characters",
             f"{name} = {Recipe.__dataclass_fields__[name].default!r} is the default",
         )
+    if re.search(r"\bhf_\w{20}|://[^/]*@", value):  # not said again: an error stands in notebooks and logs
+        why = "a recipe is written into notebooks, reports and model cards"
+        raise RecipeError(f"{name} holds a token or a password", why, "set HF_TOKEN; download what needs a password")
 
 
 def _checked_targets(value: object) -> str | tuple[str, ...]:

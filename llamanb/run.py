@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamanb import plots
-from llamanb.errors import LlamanbError, RecipeError
+from llamanb.errors import UNREADABLE, LlamanbError, RecipeError
 from llamanb.evaluate import Comparison, Scores
 from llamanb.html import Table, image, join, visible
 from llamanb.layout import GIB, Plan
@@ -61,7 +61,7 @@ class Run:
             plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             return cls(folder, plan, Timeline.read(folder), _scores(folder / "scores.json"), **facts)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error, LlamanbError) as error:
+        except (*UNREADABLE, csv.Error, LlamanbError) as error:
             raise RecipeError(
                 f"{folder} holds no run that can be shown",
                 f"{type(error).__name__}: {first_line(error)}",

@@ -78,7 +78,16 @@ def weights_dtype(plan: Plan) -> torch.dtype:
 def attach_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """New LoRA adapters in fp32 on the recipe's layers; the same seed gives the same adapters."""
     torch.manual_seed(recipe.seed)
-    config = LoraConfig(
+    adapted = get_peft_model(model, lora_config(recipe))
+    # What a person needs to find the base again is its name, not where this machine keeps it
+    adapted.peft_config["default"].base_model_name_or_path = recipe.model
+    adapted.peft_config["default"].revision = recipe.revision
+    return adapted
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """A recipe's adapters in peft's words."""
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.rank,
         lora_alpha=recipe.lora_alpha,
@@ -88,11 +97,6 @@ def attach_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         use_dora=recipe.dora,
         bias="none",
     )
-    adapted = get_peft_model(model, config)
-    # What a person needs to find the base again is its name, not where this machine keeps it
-    adapted.peft_config["default"].base_model_name_or_path = recipe.model
-    adapted.peft_config["default"].revision = recipe.revision
-    return adapted
 
 
 def keep_gradients_on_cpu(model: PreTrainedModel) -> None:

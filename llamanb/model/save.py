@@ -13,7 +13,7 @@ from llamanb.data.encode import load_tokenizer
 from llamanb.errors import ModelError
 from llamanb.html import visible
 from llamanb.layout import Plan
-from llamanb.model.load import DTYPES, load_model
+from llamanb.model.load import DTYPES, load_model, lora_config
 from llamanb.planner import plan as make_plan
 from llamanb.quiet import quiet_libraries
 from llamanb.recipe import Recipe
@@ -62,7 +62,7 @@ def load_adapter(folder: str | Path) -> tuple[PreTrainedModel, object]:
         )
     recipe = Recipe.load(recipe_file)
     saved = folder / (ADAPTER if recipe.adapters else FULL)
-    if not any(saved.glob("*.safetensors")):
+    if not any(saved.glob("adapter_model.safetensors" if recipe.adapters else "*.safetensors")):
         raise ModelError(f"{folder} holds no trained weights", f"{saved} is missing or empty", "train to the end first")
     tokenizer = load_tokenizer(saved)
     with quiet_libraries():
@@ -70,7 +70,8 @@ def load_adapter(folder: str | Path) -> tuple[PreTrainedModel, object]:
             recipe = recipe.replace(model=str(saved.resolve()))
             return load_model(make_plan(recipe, force=True), tokenizer).eval(), tokenizer
         base = load_model(make_plan(recipe, force=True), tokenizer)
-        return PeftModel.from_pretrained(base, saved).eval(), tokenizer
+        # Without a word of adapter_config.json, which may name modules to import
+        return PeftModel.from_pretrained(base, saved, config=lora_config(recipe)).eval(), tokenizer
 
 
 def _model_card(recipe: Recipe, plan: Plan, scores: str) -> str:

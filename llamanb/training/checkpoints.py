@@ -19,6 +19,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from llamanb.errors import UNREADABLE
+
 ASIDE, MANIFEST = "aside", "manifest.json"
 KEPT = 2
 """Checkpoints that stay: should the newest be damaged on disk, there is the one before."""
@@ -71,7 +73,7 @@ def holds(checkpoint: Path) -> bool:
             and there == manifest["files"].keys()  # so no name that leads elsewhere
             and all(facts(checkpoint / name) == manifest["files"][name] for name in there)
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except UNREADABLE:
         return False
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamanb.data import TrainingData
-from llamanb.errors import LlamanbError, RecipeError
+from llamanb.errors import UNREADABLE, LlamanbError, RecipeError
 from llamanb.evaluate import Scores
 from llamanb.html import Table
 from llamanb.layout import Plan
@@ -78,7 +78,7 @@ def pick_up(plan: Plan, runs: Path, name: str, resume: bool | None, held: contex
         return _nothing(f"{folder} has no checkpoint to go on from", resume)
     try:
         changed = _changed(Plan.from_json((folder / "plan.json").read_text(encoding="utf-8")), plan)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, LlamanbError) as error:
+    except (*UNREADABLE, LlamanbError) as error:
         return _nothing(f"{folder}/plan.json cannot be read ({type(error).__name__})", resume)
     if finished and changed.keys().isdisjoint(LONGER):
         return _nothing(f"{folder} is finished, and no more steps are asked for", resume)
@@ -106,7 +106,7 @@ def _nothing(why: str, resume: bool | None) -> None:
 
 def _status(folder: Path) -> str | None:
     """As the run itself wrote it; None where it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(*UNREADABLE):
         return json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"]
 
 

@@ -7,7 +7,6 @@ Losing it stops no training. A name there may be another run's, so each run has 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 import threading
@@ -51,8 +50,9 @@ def copied_to(home: Path, name: str, folder: Path) -> Iterator[None]:
             with contextlib.suppress(KeyboardInterrupt):
                 thread.join(LOOK_S)
                 if thread.is_alive():
-                    limit = f"for at most {WAIT_S / 60:g} minutes"
-                    print(f"waiting {limit} for the last copy to {home}; an interrupt ends that", flush=True)
+                    print(
+                        f"waiting for the last copy to {home}, {WAIT_S:g} s at most; an interrupt ends that", flush=True
+                    )
                     thread.join(WAIT_S)
             if thread.is_alive():
                 print(f"copying to {home} goes on while this process lives", flush=True)
@@ -76,7 +76,7 @@ def _watch(home: Path, name: str, folder: Path, over: threading.Event) -> None:
 
 def _copy(home: Path, name: str, folder: Path) -> None:
     if not (folder / ID).exists():
-        replace_text(folder / ID, json.dumps(uuid.uuid4().hex))
+        replace_text(folder / ID, f'"{uuid.uuid4()}"')
     places, mine = numbered(_made(home), name).values(), (folder / ID).read_bytes()
     own = [place for place in places if (place / ID).exists() and (place / ID).read_bytes() == mine]
     copy_run(folder, own[0] if own else new_folder(home, name))

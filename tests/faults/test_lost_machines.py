@@ -104,6 +104,6 @@ def test_every_run_comes_to_what_it_would_have_come_to(sessions, whole):
                 ]
                 assert states(run) == states(undisturbed)
                 assert run.scores == undisturbed.scores
-                assert len(list((folder / CHECKPOINTS).glob("step-*"))) <= 2
+                assert len(list((folder / CHECKPOINTS).glob("step-*"))) <= 3  # one more where it died before removing
     assert picked_up > LOST / 4
     assert step_of(newest(undisturbed.folder / CHECKPOINTS)) == STEPS

@@ -10,6 +10,7 @@ import pytest
 
 from llamanb import show_run
 from tests.notebooks.test_01_quickstart import cell, noise, pictures, text
+from tests.unit.test_canary import CANARY, places
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -17,10 +18,10 @@ STEPS = 8
 
 @pytest.fixture(autouse=True)
 def a_bare_machine(monkeypatch):
-    """No GPU, no network, no token."""
+    """No GPU, no network, and a token that nothing may show."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN", CANARY)
 
 
 @pytest.mark.timeout(600)
@@ -56,3 +57,4 @@ def test_a_run_is_watched_reported_and_made_again_by_the_reports_own_command(run
     assert json.loads((again.folder / "scores.json").read_text()) == json.loads(
         (run.folder / "scores.json").read_text()
     )
+    assert places(CANARY, tmp_path) == []

@@ -154,3 +154,19 @@ STRINGS = [
     *(end + markup for end in ENDINGS for markup in MARKUP),
     *(*MATH, *LINKS, *PATHS, *TEMPLATES, *TERMINAL, *UNICODE, *LONG),
 ]
+
+NAMES = ("../up", "..", "../../etc/passwd", "a/../../up", "/etc/passwd", "/tmp/x", "a\\..\\up", "..\\up", "C:\\up")
+NAMES += (
+    "C:up",
+    "\\\\server\\share",
+    "x\0y",
+    "~root/x",
+    ".",
+    "./up",
+    "a/b/c",
+    "up\n",
+    "-rf ..",
+    "..%2fup",
+    ".hidden/x",
+)
+"""Lead out of a folder, here or elsewhere, or are no names."""
