@@ -50,9 +50,7 @@ def copied_to(home: Path, name: str, folder: Path) -> Iterator[None]:
             with contextlib.suppress(KeyboardInterrupt):
                 thread.join(LOOK_S)
                 if thread.is_alive():
-                    print(
-                        f"waiting for the last copy to {home}, {WAIT_S:g} s at most; an interrupt ends that", flush=True
-                    )
+                    print(f"waiting up to {WAIT_S:g} s for the last copy to {home}; an interrupt ends it", flush=True)
                     thread.join(WAIT_S)
             if thread.is_alive():
                 print(f"copying to {home} goes on while this process lives", flush=True)

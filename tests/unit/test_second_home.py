@@ -220,7 +220,7 @@ def test_a_home_that_hangs_delays_no_step_and_is_waited_for_at_the_end_and_not_f
     assert (run.status, len(run.losses)) == (FINISHED, STEPS)
     out = capsys.readouterr().out
     home = tmp_path / "home"
-    assert f"waiting for the last copy to {home}, 0.3 s at most; an interrupt ends that\n" in out
+    assert f"waiting up to 0.3 s for the last copy to {home}; an interrupt ends it\n" in out
     assert out.endswith(f"copying to {home} goes on while this process lives\n")
 
 
@@ -229,7 +229,7 @@ def test_an_interrupt_ends_the_wait_and_not_the_cell(recipe, tmp_path, monkeypat
 
     def copy(source, target):
         if (source / "report.html").exists():  # the training is over
-            until(lambda: "waiting for the last copy" in capsys.readouterr().out)
+            until(lambda: "waiting up to" in capsys.readouterr().out)
             os.kill(os.getpid(), signal.SIGINT)
             hangs.wait()
 
