@@ -63,7 +63,7 @@ test-browser: install-dev ## the widgets in JupyterLab, in a headless Chromium
 	@$(PY) -m pytest tests/browser $(ARGS)
 
 .PHONY: faults
-faults: install-dev ## 500 kills -9, and what else may befall a run; half an hour
+faults: install-dev ## 500 kills -9, and what else may befall a run; about an hour
 	@LLAMANB_KILLS=500 OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults $(ARGS)
 
 .PHONY: colab

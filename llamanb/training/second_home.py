@@ -75,7 +75,8 @@ def _watch(home: Path, name: str, folder: Path, over: threading.Event) -> None:
 def _copy(home: Path, name: str, folder: Path) -> None:
     if not (folder / ID).exists():
         replace_text(folder / ID, f'"{uuid.uuid4()}"')
-    places, mine = numbered(_made(home), name).values(), (folder / ID).read_bytes()
+    home.mkdir(exist_ok=True)  # not its parents: made here, they would be on this disk, and in the way of mounting
+    places, mine = numbered(home, name).values(), (folder / ID).read_bytes()
     own = [place for place in places if (place / ID).exists() and (place / ID).read_bytes() == mine]
     copy_run(folder, own[0] if own else new_folder(home, name))
 
@@ -90,7 +91,8 @@ def bring_back(home: Path, plan: Plan, runs: Path, name: str, resume: bool | Non
         return
     try:
         with contextlib.ExitStack() as held:
-            there = newest_folder(_made(home), name)
+            home.mkdir(exist_ok=True)
+            there = newest_folder(home, name)
             if there and pick_up(plan, home, name, resume, held):
                 print(f"fetching {there}", flush=True)
                 copy_run(there, new_folder(runs, name))
@@ -140,10 +142,3 @@ def _write(file: BinaryIO, path: Path) -> None:
         shutil.copyfileobj(file, written)
     flush(new)
     new.replace(path)
-
-
-def _made(home: Path) -> Path:
-    if not home.parent.is_dir():  # made here, it would be on this disk, and in the way of mounting
-        raise FileNotFoundError(f"{home.parent} is not there")
-    home.mkdir(exist_ok=True)
-    return home
