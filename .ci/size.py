@@ -10,7 +10,7 @@ import tokenize
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llamanb"
-PACKAGE_LIMIT, MODULE_LIMIT = 6000, 350
+PACKAGE_LIMIT, MODULE_LIMIT = 6500, 350  # docs/decisions/0014
 EXTRAS = (
     "shrink/",
     "export/",
