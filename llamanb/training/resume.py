@@ -90,12 +90,13 @@ def pick_up(plan: Plan, runs: Path, name: str, resume: bool | None, held: contex
 def as_it_ran(plan: Plan, folder: Path) -> Plan:
     """The plan, with what became of it in that run when memory ran out; unless it is for another card by now, or asks
     for a layout of its own."""
-    was = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
-    asked = [(p.card.name, p.recipe.micro_batch_size, p.recipe.checkpointing) for p in (was, plan)]
-    if not was.reasons.get("layers", "").startswith(RAN_OUT) or asked[0] != asked[1]:
-        return plan
-    kept = ("micro_batch_size", "accumulation", "layers", "memory", "time", "reasons", "alternatives")
-    return plan.replace(**{name: getattr(was, name) for name in kept})
+    with contextlib.suppress(*UNREADABLE, LlamanbError):  # what cannot be read is as if it had not been
+        was = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+        asked = [(p.card.name, p.recipe.micro_batch_size, p.recipe.checkpointing) for p in (was, plan)]
+        if was.reasons.get("layers", "").startswith(RAN_OUT) and asked[0] == asked[1]:
+            kept = ("micro_batch_size", "accumulation", "layers", "memory", "time", "reasons", "alternatives")
+            return plan.replace(**{name: getattr(was, name) for name in kept})
+    return plan
 
 
 def _nothing(why: str, resume: bool | None) -> None:

@@ -164,6 +164,14 @@ def test_another_card_or_wish_counts_more(tmp_path, other):
     assert as_it_ran(made, tmp_path) == made != less
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"reasons": 3}', None])
+def test_what_cannot_be_read_changes_no_plan(tmp_path, text):
+    made, less = kept_run(tmp_path, Recipe(model=EIGHT), "T4")
+    odd = less.to_json().replace('"reasons": {', '"reasons": 3, "of_old": {') if text is None else text
+    (tmp_path / "plan.json").write_text(odd)
+    assert as_it_ran(made, tmp_path) == made
+
+
 # the optimizer
 
 
