@@ -17,6 +17,7 @@ from llamanb.planner import steps_of
 from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
 from llamanb.timeline import Timeline, replace_text
 from llamanb.training.checkpoints import lock, step_of
+from llamanb.training.interrupts import uninterrupted
 from llamanb.training.resume import CHECKPOINTS, Progress, as_it_ran, pick_up, rows_hash
 from llamanb.training.second_home import bring_back, copied_to
 
@@ -115,7 +116,7 @@ def _watched(
         watching.enter_context(quiet_libraries())
         sampler = MemorySampler.here()
         if checkpoint:
-            sampler.timeline.follow(folder, progress.steps)
+            sampler.timeline.follow(folder, progress.steps, progress.returns)
         watching.enter_context(sampler)
         versions = {"llamanb": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
         scene = Scene(plan, folder)
@@ -125,14 +126,15 @@ def _watched(
         try:
             _train(scene, data, report_to, checkpoint, progress)
         except BaseException as error:
-            explained = scene.explain(error, sampler.timeline)  # while the tensors are there to be counted
-            status = "out of memory" if explained else f"ended by {type(error).__name__}"
-            with contextlib.suppress(OSError):  # a full disk must not hide the error
-                scene.run = scene.run.replace(status=status, buckets_gib=scene.buckets_gib)
-                scene.run.save()
-            _write_report(scene.run)
-            with contextlib.suppress(RuntimeError):  # nor a GPU that answers nothing any more
-                scene.clear(error)
+            with uninterrupted():  # or the tensors would stay for as long as the last traceback does
+                explained = scene.explain(error, sampler.timeline)  # while the tensors are there to be counted
+                status = "out of memory" if explained else f"ended by {type(error).__name__}"
+                with contextlib.suppress(OSError):  # a full disk must not hide the error
+                    scene.run = scene.run.replace(status=status, buckets_gib=scene.buckets_gib)
+                    scene.run.save()
+                _write_report(scene.run)
+                with contextlib.suppress(RuntimeError):  # nor a GPU that answers nothing any more
+                    scene.clear(error)
             if not explained:
                 raise
     scene.clear()  # after an error once more, now that nothing holds its traceback
@@ -158,6 +160,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
 
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model, write_model_card
+    from llamanb.training.numbers import train_finite
     from llamanb.training.saves import Saves
     from llamanb.training.step import heaviest
     from llamanb.training.trainer import (
@@ -202,7 +205,6 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
         replanned(plan.replace(reasons={**plan.reasons, "fused": trainer.slow}))
     trainer.replanned = replanned
     trainer.probe = heaviest(data.train, plan)
-    trainer.tokens = progress.steps[-1].tokens if progress.steps else 0
     instants.attach(trainer)
     saves = Saves(recipe, progress, timeline, folder)
     saves.attach(trainer, instants.begins)
@@ -212,10 +214,10 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     else:
         try:
             with interrupt:
-                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                result = train_finite(trainer, saves, checkpoint)
         finally:
             let_go()
-        train_s += result.metrics["train_runtime"]
+        train_s = saves.progress.train_s + result.metrics["train_runtime"]
         if trainer.state.global_step < trainer.state.max_steps:
             status = INTERRUPTED if interrupt.asked else f"stopped after {recipe.stop_after_min or 0:g} minutes"
             if saves.step == trainer.state.global_step:
