@@ -44,8 +44,8 @@ class Step(NamedTuple):
     grad_norm: float
     tokens: int
     """Trained on so far, padding left out."""
-    scale: float | None = None
-    """What fp16's GradScaler multiplied the loss by; None without one."""
+    scale: float = 1.0
+    """What fp16's GradScaler multiplied the loss by; 1 without one."""
 
     @property
     def skipped(self) -> bool:
@@ -125,7 +125,7 @@ class Timeline:
         """What was not finite and what became of it, in words; empty where all was."""
         skipped = sum(step.skipped for step in self.steps)
         words = [f"{skipped} skipped, not finite"] if skipped else []
-        if skipped and self.steps[-1].scale is not None:
+        if skipped and self.steps[0].scale > 1:
             words[0] += f" (fp16's scale {self.steps[0].scale:g} at first, now {self.steps[-1].scale:g})"
         words += [f"back from step {now} to {then} with half the learning rate" for now, then in self.returns]
         return ", ".join(words)
@@ -168,7 +168,7 @@ class Timeline:
         for time_s, phase, *numbers in _rows(folder / MEMORY, len(Sample._fields)):
             made.add(Sample(float(time_s), phase, *(float(n) if n else None for n in numbers)))
         for step, *numbers, tokens, scale in _rows(folder / METRICS, len(Step._fields)):
-            made.steps.append(Step(int(step), *map(float, numbers), int(tokens), float(scale) if scale else None))
+            made.steps.append(Step(int(step), *map(float, numbers), int(tokens), float(scale)))
         made.phase = "over"
         return made
 

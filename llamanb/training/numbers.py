@@ -27,7 +27,7 @@ def train_finite(trainer: CheckpointedTrainer, saves: Saves, checkpoint: Path | 
     while True:
         trainer.args.learning_rate = highest / 2 ** len(timeline.returns)
         trainer.tokens = timeline.steps[-1].tokens if timeline.steps else 0
-        trainer.bad = 0
+        trainer.learns, trainer.bad = True, 0
         with contextlib.suppress(FloatingPointError):
             return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         checkpoint = _go_back(trainer, saves)

@@ -35,9 +35,9 @@ class CheckpointedTrainer(StepTrainer):
     """With what is trained and nothing else in a checkpoint: no card, no tokenizer, no pickled arguments, and
     no question to the Hub about the base model's config."""
 
-    bad = 0
-    """Steps in a row that were skipped, but for those in which fp16's scale settles: each halves it, until it is so low
-    (1) that no gradient which is a number overflows."""
+    learns, bad = True, 0
+    """Whether the last step was learned from; and how many in a row were not, but for those in which fp16's scale
+    settles: each halves it, until it is so low (1) that no gradient which is a number overflows."""
 
     def _save_checkpoint(self, model, trial) -> None:
         Trainer._save_checkpoint(self, model, trial)
@@ -46,21 +46,21 @@ class CheckpointedTrainer(StepTrainer):
         """Drops gradients that are not finite, or whose loss is not: optimizers then leave weights and states as they
         are. They wait for the backward pass to know, as they do for GradScaler."""
         norm, scaler = super()._clip_grad_norm(model), self.accelerator.scaler
-        norm_is, loss_is = torch.stack([norm.float(), self._tr_loss]).isfinite().tolist()
-        if scaler:
-            self._metrics["train"]["scale"] = [scaler.get_scale()]
-        if norm_is and loss_is:
-            self.bad = 0
-        else:
+        scale = scaler.get_scale() if scaler else 1.0
+        self._metrics["train"]["scale"] = [scale]
+        loss_is, norm_is = torch.stack([self._tr_loss, norm.float()]).isfinite().tolist()
+        self.learns = loss_is and norm_is
+        if not self.learns:
             model.zero_grad()
-            self.bad += not (loss_is and scaler and scaler.get_scale() > 1)
+        settles = loss_is and scale > 1
+        self.bad = 0 if self.learns else self.bad + (not settles)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves a NaN one
         ends = self.control.should_training_stop
-        self.control.should_save &= ends or not self.bad
+        self.control.should_save &= ends or self.learns  # the last two must not all be of the same weights
         if self.bad >= IN_A_ROW or (ends and not self.weights_are_finite()):
             raise FloatingPointError("loss, gradients or weights that are not finite")
 

@@ -48,7 +48,8 @@ class LiveView(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         seen = (float(logs.get(name) or 0) for name in ("loss", "learning_rate", "grad_norm"))
-        step = Step(state.global_step, self.timeline.time_s, *seen, int(logs.get("num_tokens") or 0), logs.get("scale"))
+        counted = int(logs.get("num_tokens") or 0), float(logs.get("scale", 1))
+        step = Step(state.global_step, self.timeline.time_s, *seen, *counted)
         self.timeline.steps.append(step)
         status, now = functools.cache(lambda: self._status(state)), time.monotonic()
         ends = self._first_step + 1, state.max_steps

@@ -78,7 +78,7 @@ def test_files_are_for_other_programs_too(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["phase"] for row in rows] == ["forward", "load"]
     assert (rows[0]["reserved_gib"], rows[1]["reserved_gib"]) == ("0.75", "")
-    assert (tmp_path / METRICS).read_text().splitlines()[0] == "step,time_s,loss,learning_rate,grad_norm,tokens"
+    assert (tmp_path / METRICS).read_text().splitlines()[0] == "step,time_s,loss,learning_rate,grad_norm,tokens,scale"
     assert json.loads((tmp_path / FACTS).read_text())["source"] == "VRAM in use (test)"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MEMORY, METRICS, FACTS])
 
