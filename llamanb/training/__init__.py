@@ -79,7 +79,7 @@ def train(
             held.enter_context(lock(folder))
         if second_home:
             held.enter_context(copied_to(second_home, name, folder))
-        return _watched(plan, data, folder, checkpoint, progress, report_to)
+        return _watched(plan, data, folder, checkpoint, progress, report_to, held)
 
 
 def _continued(checkpoint: Path, plan: Plan, data: TrainingData, rows: str) -> Progress:
@@ -97,9 +97,16 @@ def _continued(checkpoint: Path, plan: Plan, data: TrainingData, rows: str) -> P
 
 
 def _watched(
-    plan: Plan, data: TrainingData, folder: Path, checkpoint: Path | None, progress: Progress, report_to: str
+    plan: Plan,
+    data: TrainingData,
+    folder: Path,
+    checkpoint: Path | None,
+    progress: Progress,
+    report_to: str,
+    held: contextlib.ExitStack,
 ) -> Run:
-    """Trains while a thread samples memory; whatever happens can be shown from the folder."""
+    """Trains while a thread samples memory; whatever happens can be shown from the folder. From its end on, interrupts
+    are not heard until `held` ends."""
     replace_text(folder / "recipe.json", plan.recipe.to_json())
     replace_text(folder / "plan.json", plan.to_json())
     if checkpoint:
@@ -126,17 +133,21 @@ def _watched(
         try:
             _train(scene, data, report_to, checkpoint, progress)
         except BaseException as error:
-            with uninterrupted():  # or the tensors would stay for as long as the last traceback does
-                explained = scene.explain(error, sampler.timeline)  # while the tensors are there to be counted
-                status = "out of memory" if explained else f"ended by {type(error).__name__}"
-                with contextlib.suppress(OSError):  # a full disk must not hide the error
-                    scene.run = scene.run.replace(status=status, buckets_gib=scene.buckets_gib)
-                    scene.run.save()
-                _write_report(scene.run)
-                with contextlib.suppress(RuntimeError):  # nor a GPU that answers nothing any more
-                    scene.clear(error)
+            held.enter_context(uninterrupted())  # or the traceback of one would hold the tensors
+            explained = scene.explain(error, sampler.timeline)  # while the tensors are there to be counted
+            status = "out of memory" if explained else f"ended by {type(error).__name__}"
+            with contextlib.suppress(OSError):  # a full disk must not hide the error
+                scene.run = scene.run.replace(status=status, buckets_gib=scene.buckets_gib)
+                scene.run.save()
+            _write_report(scene.run)
+            with contextlib.suppress(RuntimeError):  # nor a GPU that answers nothing any more
+                scene.clear(error)
+            if isinstance(error, KeyboardInterrupt):  # where it came says nothing, and closures there hold tensors
+                error.__traceback__ = error.__context__ = None
             if not explained:
                 raise
+        else:
+            held.enter_context(uninterrupted())
     scene.clear()  # after an error once more, now that nothing holds its traceback
     if explained:
         raise explained
