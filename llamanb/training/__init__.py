@@ -97,13 +97,7 @@ def _continued(checkpoint: Path, plan: Plan, data: TrainingData, rows: str) -> P
 
 
 def _watched(
-    plan: Plan,
-    data: TrainingData,
-    folder: Path,
-    checkpoint: Path | None,
-    progress: Progress,
-    report_to: str,
-    held: contextlib.ExitStack,
+    plan: Plan, data: TrainingData, folder: Path, checkpoint: Path | None, progress: Progress, report_to: str, held
 ) -> Run:
     """Trains while a thread samples memory; whatever happens can be shown from the folder. From its end on, interrupts
     are not heard until `held` ends."""

@@ -35,7 +35,7 @@ def train_finite(trainer: CheckpointedTrainer, saves: Saves, checkpoint: Path | 
 
 def _go_back(trainer: CheckpointedTrainer, saves: Saves) -> Path:
     """To the newest checkpoint after which something was learned: the same weights would give the same numbers."""
-    timeline, now = saves.timeline, saves.timeline.steps[-1].step
+    timeline = saves.timeline
     learned = max((step.step for step in timeline.steps if not step.skipped), default=0)
     there = sorted(filter(holds, (saves.folder / CHECKPOINTS).glob("step-*")), reverse=True)
     checkpoint = next((path for path in there if step_of(path) < learned), None)
@@ -47,9 +47,10 @@ def _go_back(trainer: CheckpointedTrainer, saves: Saves) -> Path:
     timeline.go_back(saves.progress.steps)
     with contextlib.suppress(OSError):
         timeline.write(saves.folder)  # should this session die now, the next one knows
-    for holder in (trainer, trainer.callback_handler):  # states of steps that count no more
-        holder.optimizer = holder.lr_scheduler = None
-    print(f"not finite at step {now}: back to step {step_of(checkpoint)} with half the learning rate", flush=True)
+    trainer.optimizer.state.clear()  # makes room for the checkpoint's
+    print(
+        "not finite at step {}: back to step {} with half the learning rate".format(*timeline.returns[-1]), flush=True
+    )
     return checkpoint
 
 
@@ -57,12 +58,11 @@ def _error(trainer: CheckpointedTrainer, saves: Saves, learned: int, checkpoint:
     """What ends the run. The weights of its last good checkpoint become its adapter."""
     plan, timeline = trainer.plan, saves.timeline
     why = f"none of its steps was: weights or rows are broken, or numbers too large for {plan.dtype}"
-    fix = "rows without oddities (02_data shows what they teach)"
     if learned:
         back = f"{len(timeline.returns)} returns to earlier checkpoints did not help"
-        why = f"step {learned} was the last to learn from; {back if checkpoint else 'there is no checkpoint before it'}"
-        fix = f"a learning_rate well below {trainer.args.learning_rate:g}, or {fix}"
-    fix += ", or precision = 'bf16' where the card can, else 'fp32'" if plan.dtype == "fp16" else ""
+        why = f"step {learned} was the last to learn from; {back if checkpoint else 'no checkpoint is from before it'}"
+    fix = f"a learning_rate well below {trainer.args.learning_rate:g}, rows without oddities (02_data shows them)"
+    fix += ", precision = 'bf16' where the card can, else 'fp32'" if plan.dtype == "fp16" else ""
     fix += "; with another name=, or resume=False"
     with contextlib.suppress(OSError):  # a full disk must not hide the error
         if checkpoint:

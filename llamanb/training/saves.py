@@ -52,8 +52,7 @@ class CheckpointedTrainer(StepTrainer):
         self.learns = loss_is and norm_is
         if not self.learns:
             model.zero_grad()
-        settles = loss_is and scale > 1
-        self.bad = 0 if self.learns else self.bad + (not settles)
+        self.bad = 0 if self.learns else self.bad + (not loss_is or scale <= 1)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -85,8 +84,8 @@ class CheckpointedTrainer(StepTrainer):
             page_again(self.optimizer)
             # What the saved states say was meant for as many steps and for the rate that there were to be then
             highest, step = self.args.learning_rate, self.lr_scheduler.last_epoch
-            self.lr_scheduler.base_lrs = [highest for _ in self.lr_scheduler.lr_lambdas]
             rates = [highest * rule(step) for rule in self.lr_scheduler.lr_lambdas]
+            self.lr_scheduler.base_lrs = [highest] * len(rates)
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             self.lr_scheduler._last_lr = rates
@@ -162,9 +161,9 @@ class Saves(TrainerCallback):
         control.should_save |= bool(due or control.should_training_stop)
 
     def _commit(self, made: Path, step: int) -> None:
-        timeline, train_s = self.timeline, self.progress.train_s + time.monotonic() - self._begin_s
-        seen = {"steps": tuple(timeline.steps), "returns": timeline.returns}
-        dataclasses.replace(self.progress, train_s=train_s, **seen).save(made)
+        timeline, took_s = self.timeline, self.progress.train_s + time.monotonic() - self._begin_s
+        steps, returns = tuple(timeline.steps), timeline.returns
+        dataclasses.replace(self.progress, train_s=took_s, steps=steps, returns=returns).save(made)
         timeline.write(self.folder)
         files = (path for path in self.folder.iterdir() if path.suffix in (".json", ".csv"))
         for path in (*files, self.folder, self.folder.parent):

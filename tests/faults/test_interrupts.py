@@ -51,11 +51,11 @@ DRAWN = PLACES if COUNT >= 100 else random.Random(SEED).sample(PLACES, 5)
 class Kernel:
     """Runs sessions in this process, and hears interrupts as a notebook's kernel does: while a cell runs."""
 
-    def __init__(self, mini, base):
+    def __init__(self, base):
         self.runs, self.busy = base / "runs", False
         rows = base / "rows.jsonl"
         rows.write_text("\n".join(json.dumps({"instruction": f"Say {n}.", "output": f"It is {n}."}) for n in range(12)))
-        fields = {"model": str(mini), "dataset": str(rows), "max_length": 128, "effective_batch_size": 4}
+        fields = {"model": "tiny", "dataset": str(rows), "max_length": 128, "effective_batch_size": 4}
         fields |= {"micro_batch_size": 2, "steps": STEPS, "dropout": 0.2, "learning_rate": 1e-2, "eval_rows": 2}
         recipe = Recipe(**fields, checkpoint_every_steps=2)
         self.plan, self.data = plan(recipe, Card("CPU", None)), load_data(recipe)
@@ -96,8 +96,8 @@ class Kernel:
 
 
 @pytest.fixture(scope="module")
-def kernel(mini, tmp_path_factory):
-    made = Kernel(mini, tmp_path_factory.mktemp("interrupts"))
+def kernel(tmp_path_factory):
+    made = Kernel(tmp_path_factory.mktemp("interrupts"))
     before = signal.signal(signal.SIGINT, made.hear)
     yield made
     signal.signal(signal.SIGINT, before)
@@ -186,6 +186,7 @@ def test_pressed_at_any_moment(kernel, whole, number):
     goes_on(kernel, name, undisturbed)
 
 
+@pytest.mark.skipif(COUNT < 50, reason="fewer than 100 sessions grow less than one differs from the next")
 def test_memory_stays_what_it_is(kernel, whole, monkeypatch):
     """Sessions that are interrupted and go on, again and again in one kernel."""
     process, held = psutil.Process(), []

@@ -36,11 +36,11 @@ def drawn(cases: list) -> list:
 
 
 @pytest.fixture(scope="module")
-def made(mini, tmp_path_factory):
+def made(tmp_path_factory):
     """`made(...)`: a plan and its data."""
     rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"instruction": f"Say {n}.", "output": f"It is {n}."}) for n in range(18)))
-    fields = {"model": str(mini), "dataset": str(rows), "max_length": 128, "effective_batch_size": 6, "steps": STEPS}
+    fields = {"model": "tiny", "dataset": str(rows), "max_length": 128, "effective_batch_size": 6, "steps": STEPS}
     fields |= {"micro_batch_size": 2, "eval_rows": 0, "learning_rate": 1e-2, "dropout": 0.2, "schedule": "constant"}
     recipe = Recipe(**fields, checkpoint_every_steps=1)
     data = load_data(recipe)
