@@ -69,6 +69,8 @@ class Scene:
         if self.trainer is not None:  # the functions in a traceback hold the trainer whatever becomes of its frames
             self.trainer.accelerator.free_memory()
             vars(self.trainer).clear()
+        for module in list(self.model.modules()) if self.model is not None else ():  # and trl's forward holds the model
+            vars(module).clear()
         self.model = self.trainer = None
         forget(error)
         gc.collect()

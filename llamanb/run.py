@@ -130,7 +130,8 @@ class Run:
         took = f" in {self.train_s:.0f} s" if self.train_s else ""  # only a training that came to its end has it
         text = f"{steps[-1].step if steps else 0} steps{took}, at most {self.peak_gib:.2f} GiB"
         ended = "" if self.status == FINISHED else f" ({self.status})"
-        return visible(f"{text}{ended}; in {self.folder}")
+        upsets = f"; {self.timeline.upsets}" if self.timeline.upsets else ""
+        return visible(f"{text}{ended}{upsets}; in {self.folder}")
 
     __repr__ = __str__
 

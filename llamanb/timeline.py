@@ -9,9 +9,10 @@ import csv
 import io
 import itertools
 import json
+import math
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,13 @@ class Step(NamedTuple):
     grad_norm: float
     tokens: int
     """Trained on so far, padding left out."""
+    scale: float = 1.0
+    """What fp16's GradScaler multiplied the loss by; 1 without one."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether loss or gradients were not finite, so that the weights stayed as they were."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
 @dataclass
@@ -61,6 +69,8 @@ class Timeline:
     """Highest allocated memory of each phase, by torch's own counter; empty without a GPU."""
     missing: str = ""
     """What could not be watched to the end, in words."""
+    returns: list[list[int]] = field(default_factory=list)
+    """For each time that the run went back to a checkpoint, with half the learning rate: from which step, to which."""
     phase: str = "import"
     """What the run does now."""
 
@@ -78,17 +88,24 @@ class Timeline:
         """Seconds since the run began."""
         return time.monotonic() - self._begin_s
 
-    def follow(self, folder: Path, steps: Iterable[Step]) -> None:
-        """Goes on after these steps, time and all, and with the memory that the files in `folder` show until then, as
-        far as they can be read."""
-        self.steps[:] = steps
+    def follow(self, folder: Path, steps: Iterable[Step], returns: list[list[int]]) -> None:
+        """Goes on after these steps and returns, time and all, with the memory until then and the later returns that
+        the files in `folder` show, as far as they can be read."""
+        self.steps[:], self.returns = steps, returns
         self._resumed, end_s = len(self.steps), self.steps[-1].time_s
         with contextlib.suppress(OSError, ValueError, TypeError, csv.Error):
             earlier = Timeline.read(folder)
-            self.peaks_gib = earlier.peaks_gib
+            self.peaks_gib, self.returns = earlier.peaks_gib, max(returns, earlier.returns, key=len)
             for sample in itertools.takewhile(lambda sample: sample.time_s <= end_s, earlier.samples):
                 self.add(sample)
         self._begin_s = time.monotonic() - end_s
+
+    def go_back(self, steps: Sequence[Step]) -> None:
+        """Forgets what came after these steps, but for the time it took, and notes the return."""
+        self.returns.append([self.steps[-1].step, steps[-1].step])
+        with self._lock:
+            self.steps[:], self._resumed = steps, len(steps)
+            self._written.pop(METRICS, None)
 
     def add(self, sample: Sample) -> None:
         self.samples.append(sample)
@@ -102,6 +119,16 @@ class Timeline:
     def phases(self) -> list[str]:
         """Every phase that a sample fell into, in the order of their first."""
         return list(dict.fromkeys(sample.phase for sample in list(self.samples)))
+
+    @property
+    def upsets(self) -> str:
+        """What was not finite and what became of it, in words; empty where all was."""
+        skipped = sum(step.skipped for step in self.steps)
+        words = [f"{skipped} skipped, not finite"] if skipped else []
+        if skipped and self.steps[0].scale > 1:
+            words[0] += f" (fp16's scale {self.steps[0].scale:g} at first, now {self.steps[-1].scale:g})"
+        words += [f"back from step {now} to {then} with half the learning rate" for now, then in self.returns]
+        return ", ".join(words)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -119,7 +146,7 @@ class Timeline:
             facts = {name: getattr(self, name) for name in self._FACTS}
             replace_text(folder / FACTS, json.dumps(facts, indent=1))
 
-    _FACTS = ("source", "limit_gib", "planned_gib", "peaks_gib", "missing")
+    _FACTS = ("source", "limit_gib", "planned_gib", "peaks_gib", "missing", "returns")
 
     def _append(self, path: Path, header: Iterable[str], rows: list) -> None:
         done, size = self._written.get(path.name, (0, 0))
@@ -140,8 +167,8 @@ class Timeline:
         made = cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
         for time_s, phase, *numbers in _rows(folder / MEMORY, len(Sample._fields)):
             made.add(Sample(float(time_s), phase, *(float(n) if n else None for n in numbers)))
-        for step, *numbers, tokens in _rows(folder / METRICS, len(Step._fields)):
-            made.steps.append(Step(int(step), *map(float, numbers), int(tokens)))
+        for step, *numbers, tokens, scale in _rows(folder / METRICS, len(Step._fields)):
+            made.steps.append(Step(int(step), *map(float, numbers), int(tokens), float(scale)))
         made.phase = "over"
         return made
 

@@ -17,6 +17,7 @@ from llamanb.planner import steps_of
 from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
 from llamanb.timeline import Timeline, replace_text
 from llamanb.training.checkpoints import lock, step_of
+from llamanb.training.interrupts import uninterrupted
 from llamanb.training.resume import CHECKPOINTS, Progress, as_it_ran, pick_up, rows_hash
 from llamanb.training.second_home import bring_back, copied_to
 
@@ -78,7 +79,7 @@ def train(
             held.enter_context(lock(folder))
         if second_home:
             held.enter_context(copied_to(second_home, name, folder))
-        return _watched(plan, data, folder, checkpoint, progress, report_to)
+        return _watched(plan, data, folder, checkpoint, progress, report_to, held)
 
 
 def _continued(checkpoint: Path, plan: Plan, data: TrainingData, rows: str) -> Progress:
@@ -96,9 +97,10 @@ def _continued(checkpoint: Path, plan: Plan, data: TrainingData, rows: str) -> P
 
 
 def _watched(
-    plan: Plan, data: TrainingData, folder: Path, checkpoint: Path | None, progress: Progress, report_to: str
+    plan: Plan, data: TrainingData, folder: Path, checkpoint: Path | None, progress: Progress, report_to: str, held
 ) -> Run:
-    """Trains while a thread samples memory; whatever happens can be shown from the folder."""
+    """Trains while a thread samples memory; whatever happens can be shown from the folder. From its end on, interrupts
+    are not heard until `held` ends."""
     replace_text(folder / "recipe.json", plan.recipe.to_json())
     replace_text(folder / "plan.json", plan.to_json())
     if checkpoint:
@@ -115,7 +117,7 @@ def _watched(
         watching.enter_context(quiet_libraries())
         sampler = MemorySampler.here()
         if checkpoint:
-            sampler.timeline.follow(folder, progress.steps)
+            sampler.timeline.follow(folder, progress.steps, progress.returns)
         watching.enter_context(sampler)
         versions = {"llamanb": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
         scene = Scene(plan, folder)
@@ -125,6 +127,7 @@ def _watched(
         try:
             _train(scene, data, report_to, checkpoint, progress)
         except BaseException as error:
+            held.enter_context(uninterrupted())  # or the traceback of one would hold the tensors
             explained = scene.explain(error, sampler.timeline)  # while the tensors are there to be counted
             status = "out of memory" if explained else f"ended by {type(error).__name__}"
             with contextlib.suppress(OSError):  # a full disk must not hide the error
@@ -133,8 +136,12 @@ def _watched(
             _write_report(scene.run)
             with contextlib.suppress(RuntimeError):  # nor a GPU that answers nothing any more
                 scene.clear(error)
+            if isinstance(error, KeyboardInterrupt):  # where it came says nothing, and closures there hold tensors
+                error.__traceback__ = error.__context__ = None
             if not explained:
                 raise
+        else:
+            held.enter_context(uninterrupted())
     scene.clear()  # after an error once more, now that nothing holds its traceback
     if explained:
         raise explained
@@ -158,6 +165,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
 
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model, write_model_card
+    from llamanb.training.numbers import train_finite
     from llamanb.training.saves import Saves
     from llamanb.training.step import heaviest
     from llamanb.training.trainer import (
@@ -202,7 +210,6 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
         replanned(plan.replace(reasons={**plan.reasons, "fused": trainer.slow}))
     trainer.replanned = replanned
     trainer.probe = heaviest(data.train, plan)
-    trainer.tokens = progress.steps[-1].tokens if progress.steps else 0
     instants.attach(trainer)
     saves = Saves(recipe, progress, timeline, folder)
     saves.attach(trainer, instants.begins)
@@ -212,10 +219,10 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     else:
         try:
             with interrupt:
-                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                result = train_finite(trainer, saves, checkpoint)
         finally:
             let_go()
-        train_s += result.metrics["train_runtime"]
+        train_s = saves.progress.train_s + result.metrics["train_runtime"]
         if trainer.state.global_step < trainer.state.max_steps:
             status = INTERRUPTED if interrupt.asked else f"stopped after {recipe.stop_after_min or 0:g} minutes"
             if saves.step == trainer.state.global_step:

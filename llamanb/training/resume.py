@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamanb.data import TrainingData
@@ -37,6 +37,8 @@ class Progress:
     before: Scores | None = None
     train_s: float = 0.0
     steps: tuple[Step, ...] = ()
+    returns: list[list[int]] = field(default_factory=list)
+    """As in the Timeline."""
 
     def save(self, checkpoint: Path) -> None:
         (checkpoint / PROGRESS).write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")

@@ -25,6 +25,8 @@ from llamanb.training.step import StepTrainer
 WEIGHTS = "trained.safetensors"
 APART = 20
 """Times as long as a checkpoint takes that the next one waits at least, whatever the recipe says of minutes."""
+IN_A_ROW = 5
+"""Bad steps after which a run goes back: odd rows make single ones, and waiting for more costs time."""
 RETRY_S = 60.0
 """Until the next try, where one failed."""
 
@@ -33,10 +35,41 @@ class CheckpointedTrainer(StepTrainer):
     """With what is trained and nothing else in a checkpoint: no card, no tokenizer, no pickled arguments, and
     no question to the Hub about the base model's config."""
 
+    learns, bad = True, 0
+    """Whether the last step was learned from; and how many in a row were not, but for those in which fp16's scale
+    settles: each halves it, until it is so low (1) that no gradient which is a number overflows."""
+
     def _save_checkpoint(self, model, trial) -> None:
         Trainer._save_checkpoint(self, model, trial)
 
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        """Drops gradients that are not finite, or whose loss is not: optimizers then leave weights and states as they
+        are. They wait for the backward pass to know, as they do for GradScaler."""
+        norm, scaler = super()._clip_grad_norm(model), self.accelerator.scaler
+        scale = scaler.get_scale() if scaler else 1.0
+        self._metrics["train"]["scale"] = [scale]
+        loss_is, norm_is = torch.stack([self._tr_loss, norm.float()]).isfinite().tolist()
+        self.learns = loss_is and norm_is
+        if not self.learns:
+            model.zero_grad()
+        self.bad = 0 if self.learns else self.bad + (not loss_is or scale <= 1)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves a NaN one
+        ends = self.control.should_training_stop
+        self.control.should_save &= ends or self.learns  # the last two must not all be of the same weights
+        if self.bad >= IN_A_ROW or (ends and not self.weights_are_finite()):
+            raise FloatingPointError("loss, gradients or weights that are not finite")
+
+    def weights_are_finite(self) -> bool:
+        """Of what is trained; without a copy of any of it."""
+        return all(torch.linalg.vector_norm(p.detach(), torch.inf).isfinite() for _, p in self._trained())
+
     def save_model(self, output_dir: str, _internal_call: bool = False) -> None:
+        if not self.weights_are_finite():
+            raise RuntimeError("weights that are not finite")
         Path(output_dir).mkdir(parents=True)
         save_file({name: p.detach().contiguous() for name, p in self._trained()}, Path(output_dir) / WEIGHTS)
 
@@ -49,9 +82,10 @@ class CheckpointedTrainer(StepTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint:
             page_again(self.optimizer)
-            # What the saved states say was meant for as many steps as there were to be then
-            rules = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
-            rates = [highest * rule(self.lr_scheduler.last_epoch) for highest, rule in rules]
+            # What the saved states say was meant for as many steps and for the rate that there were to be then
+            highest, step = self.args.learning_rate, self.lr_scheduler.last_epoch
+            rates = [highest * rule(step) for rule in self.lr_scheduler.lr_lambdas]
+            self.lr_scheduler.base_lrs = [highest] * len(rates)
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             self.lr_scheduler._last_lr = rates
@@ -86,7 +120,7 @@ class Saves(TrainerCallback):
     def __init__(self, recipe: Recipe, progress: Progress, timeline: Timeline, folder: Path):
         self.step: int | None = None
         """Of the last checkpoint that was made here."""
-        self._recipe, self._progress, self._timeline, self._folder = recipe, progress, timeline, folder
+        self._recipe, self.progress, self.timeline, self.folder = recipe, progress, timeline, folder
         self._failed = False
 
     def attach(self, trainer: CheckpointedTrainer, begins: Callable[[str], None]) -> None:
@@ -127,13 +161,14 @@ class Saves(TrainerCallback):
         control.should_save |= bool(due or control.should_training_stop)
 
     def _commit(self, made: Path, step: int) -> None:
-        train_s = self._progress.train_s + time.monotonic() - self._begin_s
-        dataclasses.replace(self._progress, train_s=train_s, steps=tuple(self._timeline.steps)).save(made)
-        self._timeline.write(self._folder)
-        files = (path for path in self._folder.iterdir() if path.suffix in (".json", ".csv"))
-        for path in (*files, self._folder, self._folder.parent):
+        timeline, took_s = self.timeline, self.progress.train_s + time.monotonic() - self._begin_s
+        steps, returns = tuple(timeline.steps), timeline.returns
+        dataclasses.replace(self.progress, train_s=took_s, steps=steps, returns=returns).save(made)
+        timeline.write(self.folder)
+        files = (path for path in self.folder.iterdir() if path.suffix in (".json", ".csv"))
+        for path in (*files, self.folder, self.folder.parent):
             flush(path)
-        commit(made, self._folder / CHECKPOINTS, step)
+        commit(made, self.folder / CHECKPOINTS, step)
 
     def _tell(self, step: int, error: Exception, last: bool) -> None:
         if last or not self._failed:  # else it has been said

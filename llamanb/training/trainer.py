@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -19,6 +18,7 @@ from llamanb.data import TrainingData
 from llamanb.data.encode import Encoded
 from llamanb.layout import Plan
 from llamanb.training.checkpoints import ASIDE
+from llamanb.training.interrupts import set_handler
 from llamanb.training.resume import CHECKPOINTS
 from llamanb.training.saves import CheckpointedTrainer
 from llamanb.training.step import pool
@@ -127,13 +127,11 @@ class StopAfter(TrainerCallback):
     """Ends training after so many minutes, at the end of a step."""
 
     def __init__(self, minutes: float):
-        self.minutes, self.stopped_at_step = minutes, None
         self._end_s = time.monotonic() + 60 * minutes
 
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() >= self._end_s:
             control.should_training_stop = True
-            self.stopped_at_step = state.global_step
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -147,23 +145,24 @@ class StopOnInterrupt(TrainerCallback):
         self.asked = False
 
     def __enter__(self) -> StopOnInterrupt:
-        self._before = None
-        with contextlib.suppress(ValueError):
-            self._before = signal.signal(signal.SIGINT, self._interrupt)
+        self._before = signal.getsignal(signal.SIGINT)
+        set_handler(self._interrupt)
         return self
 
     def __exit__(self, *exc) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        set_handler(self._before)
 
     def _interrupt(self, number, frame) -> None:
         if self.asked:
+            set_handler(self._before)  # this may come in the midst of __exit__
             raise KeyboardInterrupt
         self.asked = True
         print("interrupted: ending after this step and saving; once more ends at once", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop |= self.asked
+
+    on_save = on_step_end  # it came while the step's checkpoint was made
 
 
 def _dataset(rows: list[Encoded]) -> Dataset:

@@ -6,6 +6,7 @@ that watching takes less than one hundredth of the time. Outside a notebook only
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -39,26 +40,29 @@ class LiveView(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._start_s = self._last_draw_s = self._last_words_s = time.monotonic()
         self._first_step = state.global_step  # of this session; an earlier one may have made some
-        self._bar, self._picture = _display_handle(), _display_handle()
+        if self._bar is None:  # else it goes back to a checkpoint
+            self._bar, self._picture = _display_handle(), _display_handle()
         self._say(state, self._status(state))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
         seen = (float(logs.get(name) or 0) for name in ("loss", "learning_rate", "grad_norm"))
-        step = Step(state.global_step, self.timeline.time_s, *seen, int(logs.get("num_tokens") or 0))
+        counted = int(logs.get("num_tokens") or 0), float(logs.get("scale", 1))
+        step = Step(state.global_step, self.timeline.time_s, *seen, *counted)
         self.timeline.steps.append(step)
-        status, now = self._status(state), time.monotonic()
+        status, now = functools.cache(lambda: self._status(state)), time.monotonic()
         ends = self._first_step + 1, state.max_steps
-        if state.global_step % max(1, state.max_steps // LINES) == 0 or state.global_step in ends:
-            print(status, flush=True)
+        told = step.skipped and sum(step.skipped for step in self.timeline.steps) <= LINES
+        if state.global_step % max(1, state.max_steps // LINES) == 0 or state.global_step in ends or told:
+            print(status(), flush=True)
         if now - self._last_words_s >= WORDS_S:
-            self._say(state, status)
+            self._say(state, status())
             self._last_words_s = now
         allowed = DRAWING_SHARE * (now - self._start_s)
         due = now - self._last_draw_s > APART * self._frame_s
         if due and (self._frames < FREE_FRAMES or self._drawing_s + self._frame_s < allowed):
-            self._draw(status)
+            self._draw(status())
 
     def on_train_end(self, args, state, control, **kwargs):
         self._say(state, self._status(state))
@@ -71,6 +75,8 @@ class LiveView(TrainerCallback):
         parts = [f"step {state.global_step} of {state.max_steps}"]
         if timeline.steps:
             parts.append(f"loss {timeline.steps[-1].loss:.3f}")
+        if timeline.upsets:
+            parts.append(timeline.upsets)
         if timeline.tokens_per_s:
             parts.append(f"{timeline.tokens_per_s:,.0f} tokens/s")
         if timeline.samples:

@@ -222,6 +222,22 @@ def test_a_loss_that_is_not_a_number_shows_as_such(display, drawing, train, caps
     assert math.isnan(view.timeline.steps[0].loss)
 
 
+def test_a_skipped_step_is_told_at_once_though_not_for_ever(train, capsys):
+    train(0.01, steps=1000, losses=[1.0] * 500 + [math.nan] * 2 * LINES + [1.0] * (500 - 2 * LINES))
+    told = [line for line in capsys.readouterr().out.splitlines() if "loss nan" in line]
+    assert [line.split(",")[0] for line in told] == [f"step {n} of 1000" for n in range(501, 501 + LINES)]
+    assert "1 skipped, not finite" in told[0]
+
+
+def test_a_run_that_goes_back_is_drawn_where_it_was(display, drawing, monkeypatch):
+    handles = []
+    monkeypatch.setattr(live, "_display_handle", lambda: handles.append(1) or display)
+    view, state = LiveView(Timeline("fake")), SimpleNamespace(max_steps=3, global_step=0)
+    view.on_train_begin(None, state, None)
+    view.on_train_begin(None, state, None)
+    assert len(handles) == 2, "a bar and a picture"
+
+
 def test_a_real_picture_stays_as_the_last_frame(display, train):
     train(1.0, steps=3)
     assert display.frames[-1].png.startswith(b"\x89PNG")

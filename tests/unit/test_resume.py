@@ -679,7 +679,7 @@ def test_a_pickle_that_would_rather_run_does_not(recipe, tmp_path, ended, monkey
 def test_progress_is_read_as_it_was_written(tmp_path):
     steps = (Step(1, 0.1, float("inf"), 2e-4, 0.5, 10), Step(2, 0.2, 1.0, 1e-4, 0.25, 2**53))
     for before in (None, Scores(1.5, None, ("a", 'b "c"')), Scores(0.25, 0.5, ())):
-        made = Progress("rows", before, 12.5, steps)
+        made = Progress("rows", before, 12.5, steps, [[9, 3], [8, 3]])
         made.save(tmp_path)
         assert Progress.load(tmp_path) == made
 

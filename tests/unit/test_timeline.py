@@ -28,6 +28,7 @@ steps = st.builds(
     learning_rate=st.floats(min_value=0, max_value=1),
     grad_norm=st.floats(),
     tokens=st.integers(0, 2**53),
+    scale=st.floats(min_value=0, max_value=2.0**24),
 )
 facts = st.fixed_dictionaries(
     {
@@ -36,6 +37,7 @@ facts = st.fixed_dictionaries(
         "planned_gib": st.none() | sizes,
         "peaks_gib": st.dictionaries(st.sampled_from([*PHASES]), sizes),
         "missing": st.text(),
+        "returns": st.lists(st.lists(st.integers(1, 10**9), min_size=2, max_size=2), max_size=3),
     }
 )
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -78,7 +80,7 @@ def test_files_are_for_other_programs_too(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["phase"] for row in rows] == ["forward", "load"]
     assert (rows[0]["reserved_gib"], rows[1]["reserved_gib"]) == ("0.75", "")
-    assert (tmp_path / METRICS).read_text().splitlines()[0] == "step,time_s,loss,learning_rate,grad_norm,tokens"
+    assert (tmp_path / METRICS).read_text().splitlines()[0] == "step,time_s,loss,learning_rate,grad_norm,tokens,scale"
     assert json.loads((tmp_path / FACTS).read_text())["source"] == "VRAM in use (test)"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MEMORY, METRICS, FACTS])
 
@@ -156,6 +158,44 @@ def test_a_missing_file_is_an_error(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(OSError, match=name):
         Timeline.read(tmp_path)
+
+
+def test_a_return_forgets_steps_in_the_file_too_and_is_noted(tmp_path):
+    made = written(tmp_path, steps=[step(n, 1.0 * n, tokens=10 * n) for n in range(1, 8)], samples=[sample(0.5)])
+    made.go_back(made.steps[:3])
+    made.write(tmp_path)
+    again = Timeline.read(tmp_path)
+    assert [s.step for s in again.steps] == [s.step for s in made.steps] == [1, 2, 3]
+    assert (again.returns, again.samples) == ([[7, 3]], [sample(0.5)])
+    assert made.tokens_per_s is None, "of the steps since then"
+    made.steps += [step(4, 10.0, tokens=100), step(5, 12.0, tokens=140)]
+    made.write(tmp_path)
+    assert [s.step for s in Timeline.read(tmp_path).steps] == [1, 2, 3, 4, 5]
+    assert made.tokens_per_s == 20
+
+
+def test_a_session_knows_the_returns_of_the_one_before_whatever_its_checkpoint_knows(tmp_path):
+    written(tmp_path, steps=[step(1)], returns=[[9, 3], [8, 3]])
+    for known, found in (([], [[9, 3], [8, 3]]), ([[9, 3]], [[9, 3], [8, 3]]), ([[1, 1]] * 3, [[1, 1]] * 3)):
+        made = Timeline("test")
+        made.follow(tmp_path, [step(1)], known)
+        assert made.returns == found
+    (tmp_path / FACTS).write_text("{")
+    made.follow(tmp_path, [step(1)], [[9, 3]])
+    assert made.returns == [[9, 3]]
+
+
+def test_what_was_not_finite_in_words():
+    fine, bad, worse = step(1), step(2, loss=math.nan), Step(3, 0.0, 1.0, 2e-4, math.inf, 0)
+    assert [s.skipped for s in (fine, bad, worse)] == [False, True, True]
+    made = Timeline("test")
+    assert made.upsets == ""
+    made.steps += [fine, bad, worse]
+    assert made.upsets == "2 skipped, not finite"
+    made.returns.append([9, 3])
+    assert made.upsets == "2 skipped, not finite, back from step 9 to 3 with half the learning rate"
+    made.steps[:] = [fine._replace(scale=65536.0), worse._replace(scale=65536.0), fine._replace(scale=32768.0)]
+    assert made.upsets.startswith("1 skipped, not finite (fp16's scale 65536 at first, now 32768), back from")
 
 
 def test_tokens_a_second_leave_the_first_step_out():

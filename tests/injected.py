@@ -1,0 +1,133 @@
+"""Faults that tests put into a training, through what `build_trainer` makes: numbers that are not finite, a GradScaler
+where there is no GPU, interrupts."""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+from transformers import TrainerCallback
+
+from llamanb.training import trainer as building
+
+
+def inject(patch, *faults) -> None:
+    """From now on each of `faults` is called with every trainer that is built, before it trains."""
+    build = building.build_trainer
+
+    def built(*args):
+        made = build(*args)
+        for fault in faults:
+            fault(made)
+        return made
+
+    patch.setattr(building, "build_trainer", built)
+
+
+class Value:
+    """Puts a value that is not finite into a step of a training.
+
+    Args:
+        place: "loss": into the loss alone, its gradients stay; "micro-batch": into the second one's loss and gradients;
+            "layer": into what the last layer computes; "gradient": into one number of one parameter's.
+        when: asked with the trainer, whose `state.global_step` are the steps done.
+    """
+
+    def __init__(self, place: str, value: float, when):
+        self.place, self.value, self.when = place, value, when
+
+    def __call__(self, trainer) -> None:
+        self.trainer, self.micro = trainer, 0
+        compute, step = trainer.compute_loss, trainer.training_step
+
+        def training_step(*args, **kwargs):
+            self.micro = 0
+            return step(*args, **kwargs)
+
+        def compute_loss(*args, **kwargs):
+            loss, self.micro = compute(*args, **kwargs), self.micro + 1
+            if self.place == "micro-batch" and self.micro == 2 and self.when(trainer):
+                return loss * self.value
+            return loss + self.value if self.place == "loss" and self.when(trainer) else loss
+
+        trainer.training_step, trainer.compute_loss = training_step, compute_loss
+        if self.place == "layer":
+            trainer.model.get_decoder().layers[-1].register_forward_hook(self._in_layer)
+        if self.place == "gradient":
+            next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(self._in_gradient)
+
+    def _in_layer(self, module, args, output):
+        if self.trainer.model.training and self.when(self.trainer):
+            return output * self.value
+
+    def _in_gradient(self, gradient):
+        if self.when(self.trainer):
+            gradient = gradient.clone()
+            gradient.view(-1)[3] = self.value
+        return gradient
+
+
+def scaled(trainer) -> None:
+    """GradScaler as for fp16, on a CPU and in fp32."""
+    accelerator, scaler = trainer.accelerator, torch.amp.GradScaler("cpu")
+    accelerator.scaler = scaler
+    accelerator.unscale_gradients = lambda optimizer=None: [
+        scaler.unscale_(one.optimizer) for one in accelerator._optimizers
+    ]
+
+
+class Untouched(TrainerCallback):
+    """Notes in which steps weights and optimizer states stayed as they were, bit for bit, and whether weights ever were
+    not finite. A fault that does nothing: it looks."""
+
+    def __init__(self):
+        self.steps, self.finite = [], True
+
+    def __call__(self, trainer) -> None:
+        self.trainer = trainer
+        trainer.add_callback(self)
+
+    def _bits(self) -> list:
+        weights = {name: p.detach() for name, p in self.trainer._trained()}
+        self.finite &= all(weight.isfinite().all() for weight in weights.values())
+        states = self.trainer.optimizer.state_dict()["state"]
+        tensors = [weights, *(state for _, state in sorted(states.items()))]
+        pairs = [pair for part in tensors for pair in part.items()]
+        return [(name, v.numpy().tobytes() if isinstance(v, torch.Tensor) else v) for name, v in pairs]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._before = self._bits()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._bits() == self._before:
+            self.steps.append(state.global_step)
+
+
+class Ends(TrainerCallback):
+    """Ends a session in the step after `step`, as a dying process would: without a checkpoint more."""
+
+    def __init__(self, when):
+        self.when = when
+
+    def __call__(self, trainer) -> None:
+        self.trainer = trainer
+        trainer.add_callback(self)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.when(self.trainer):
+            raise SystemExit
+
+
+class Presses(TrainerCallback):
+    """The stop button, pressed at the beginning of a step, once or more often."""
+
+    def __init__(self, step: int, times: int = 1):
+        self.step, self.times = step, times
+
+    def __call__(self, trainer) -> None:
+        trainer.add_callback(self)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
