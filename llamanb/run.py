@@ -128,6 +128,7 @@ class Run:
     def __str__(self) -> str:
         steps = self.timeline.steps
         took = f" in {self.train_s:.0f} s" if self.train_s else ""  # only a training that came to its end has it
+        took += f", the first one's end {steps[0].time_s:.0f} s after the start" if steps else ""
         text = f"{steps[-1].step if steps else 0} steps{took}, at most {self.peak_gib:.2f} GiB"
         ended = "" if self.status == FINISHED else f" ({self.status})"
         upsets = f"; {self.timeline.upsets}" if self.timeline.upsets else ""

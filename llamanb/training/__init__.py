@@ -13,6 +13,7 @@ from llamanb import __version__, hub
 from llamanb.data import TrainingData, load_data
 from llamanb.errors import RecipeError
 from llamanb.layout import Plan
+from llamanb.machine import surroundings
 from llamanb.planner import steps_of
 from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
 from llamanb.timeline import Timeline, replace_text
@@ -166,6 +167,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     from llamanb.evaluate import compare, evaluate
     from llamanb.model import attach_adapters, load_model, save_model, write_model_card
     from llamanb.training.numbers import train_finite
+    from llamanb.training.recovery import Spills
     from llamanb.training.saves import Saves
     from llamanb.training.step import heaviest
     from llamanb.training.trainer import (
@@ -199,6 +201,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
 
     interrupt = StopOnInterrupt()
     watchers = [LiveView(timeline), interrupt, *callbacks]
+    watchers += [Spills(timeline)] if "WSL2" in surroundings() else []
     trainer = scene.trainer = build_trainer(plan, model, data, folder, watchers, report_to)
 
     def replanned(now: Plan) -> None:

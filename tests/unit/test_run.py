@@ -179,7 +179,8 @@ def test_an_interrupted_run_can_be_shown(recipe, tmp_path, monkeypatch):
     assert run.status == "ended by KeyboardInterrupt"
     assert [step.step for step in run.timeline.steps] == [1, 2]
     assert run.scores is None
-    assert str(run).startswith("2 steps, at most ")
+    assert str(run).startswith("2 steps, the first one's end ")
+    assert f" {run.timeline.steps[0].time_s:.0f} s after the start, at most " in str(run)
     assert "(ended by KeyboardInterrupt)" in str(run)
     assert "at step 2;" in repr(run.loss_plot)
     assert "(ended by KeyboardInterrupt)" in run._repr_html_()

@@ -373,3 +373,22 @@ def test_a_run_s_plan_says_why_its_steps_take_longer(recipe, tmp_path, monkeypat
         run = train(plan(recipe(eval_rows=0), CPU).replace(fused=True), name="run", runs=tmp_path)
     assert run.plan.reasons["fused"] == "not fused: a layer of another kind"
     assert show_run(run.folder).plan.reasons == run.plan.reasons
+
+
+@pytest.mark.parametrize(("places", "watched"), [(("WSL2",), True), (("Colab",), False)])
+def test_where_a_full_gpu_spills_its_slowness_is_watched(mini, tmp_path, monkeypatch, places, watched):
+    from llamanb.training import recovery, trainer
+
+    seen, build = [], trainer.build_trainer
+
+    def built(plan, model, data, folder, callbacks, *rest):
+        seen.extend(callbacks)
+        return build(plan, model, data, folder, callbacks, *rest)
+
+    monkeypatch.setattr(trainer, "build_trainer", built)
+    monkeypatch.setattr("llamanb.training.surroundings", lambda: places)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"instruction": "Say it.", "output": f"It is {n}."}) for n in range(4)))
+    recipe = Recipe(model=str(mini), dataset=str(rows), max_length=64, steps=1, eval_rows=0, effective_batch_size=2)
+    train(plan(recipe, Card("CPU", None)), runs=tmp_path / "runs")
+    assert any(isinstance(one, recovery.Spills) for one in seen) is watched
