@@ -61,6 +61,7 @@ def train(
     Raises:
         RecipeError: the newest run of that name is unfinished and of another recipe; says what differs.
         OutOfMemoryError: the GPU's memory was not enough; says what took it, and what would fit.
+        NotFiniteError: the numbers stayed other than finite; says since when, and what may help.
         LlamanbError: for whatever else a person can mend: rows, model, network, disk, GPU.
     """
     _require_reporter(report_to)

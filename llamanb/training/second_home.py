@@ -7,6 +7,7 @@ Losing it stops no training. A name there may be another run's, so each run has 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import sys
 import threading
@@ -15,11 +16,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llamanb.errors import LlamanbError
+from llamanb.errors import UNREADABLE, LlamanbError
 from llamanb.layout import Plan
 from llamanb.nvml import first_line
 from llamanb.run import new_folder, newest_folder, numbered
-from llamanb.timeline import replace_text
+from llamanb.timeline import FACTS, replace_text
 from llamanb.training.checkpoints import ASIDE, flush, holds, newest, open_file, settle, step_of
 from llamanb.training.resume import CHECKPOINTS, pick_up
 
@@ -118,10 +119,21 @@ def copy_run(source: Path, target: Path) -> None:
             if not holds(made):
                 raise OSError(f"{made} is not what was written")
             settle(made, target / CHECKPOINTS, step_of(checkpoint))
+        if checkpoint:
+            _remove_undone(source, target, step_of(checkpoint))
         for trained in (path for path in source.iterdir() if path.name in ("adapter", "model")):
             _copy_files(trained.iterdir(), target / trained.name)
         for file in status:  # so `finished` is there only when all else is
             _write(file, target / STATUS)
+
+
+def _remove_undone(source: Path, target: Path, newest_step: int) -> None:
+    """Removes checkpoints of steps that the run went back over, and has not come to again."""
+    with contextlib.suppress(*UNREADABLE):
+        for began, end in json.loads((source / FACTS).read_text(encoding="utf-8"))["returns"]:
+            for path in (target / CHECKPOINTS).glob("step-*"):
+                if max(end, newest_step) < step_of(path) <= began:
+                    shutil.rmtree(path)
 
 
 def _copy_files(files: Iterable[Path], folder: Path) -> None:

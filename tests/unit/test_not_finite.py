@@ -4,6 +4,8 @@ tests/faults/test_numbers.py."""
 import csv
 import json
 import math
+import threading
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -11,7 +13,8 @@ from transformers import TrainerCallback
 
 from llamanb import Card, Recipe, load_adapter, load_data, plan, show_run, train
 from llamanb.run import FINISHED
-from llamanb.training.checkpoints import newest, step_of
+from llamanb.training import second_home
+from llamanb.training.checkpoints import holds, newest, step_of
 from llamanb.training.numbers import MOST_RETURNS, NotFiniteError
 from llamanb.training.resume import CHECKPOINTS, Progress
 from llamanb.training.saves import IN_A_ROW, WEIGHTS
@@ -94,6 +97,31 @@ def test_a_run_goes_back_and_a_later_session_goes_on_with_its_rate(made, tmp_pat
     assert more.timeline.returns == [[bad, 3]]
     assert max(s.learning_rate for s in more.timeline.steps[STEPS:]) <= RATE / 2
     assert [s.step for s in more.timeline.steps] == list(range(1, STEPS + 3))
+
+
+def test_a_second_home_goes_back_with_it(made, tmp_path, monkeypatch, capsys):
+    """The next machine must not begin with the weights that were left."""
+    monkeypatch.setattr(second_home, "LOOK_S", 0.01)
+    home, settled = tmp_path / "home", tmp_path / "home" / "run" / CHECKPOINTS
+
+    def dies(trainer):
+        limit_s = time.monotonic() + 30
+        while trainer.state.global_step == 6 and not holds(settled / "step-00000006") and time.monotonic() < limit_s:
+            time.sleep(0.01)
+        return trainer.state.global_step == 4 and trainer.args.learning_rate < RATE
+
+    with monkeypatch.context() as patch:
+        inject(patch, Value("layer", math.nan, from_step(7, rate=RATE)), Ends(dies))
+        with pytest.raises(SystemExit):
+            train(*made(), runs=tmp_path / "here", second_home=home)
+    for thread in threading.enumerate():
+        if thread.name == "second home":
+            thread.join(30)
+    assert [path.name for path in settled.glob("step-*")] == ["step-00000003"]
+    run = train(*made(), runs=tmp_path / "there", second_home=home)
+    assert "at step 3 of" in capsys.readouterr().out
+    assert run.status == FINISHED
+    assert max(s.learning_rate for s in run.timeline.steps[3:]) <= RATE / 2
 
 
 def test_at_last_it_ends_with_the_reason_and_what_was_learned(made, tmp_path, monkeypatch):
