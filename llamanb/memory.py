@@ -150,11 +150,11 @@ def tape_peaks(tape: Tape) -> dict[str, dict[str, int]]:
     live = [0, *itertools.accumulate(deltas)]  # after so many events
     peaks: dict[str, tuple[int, int]] = {}  # bytes, after how many events
     for (begin, name), (end, _) in itertools.pairwise([*tape.marks, (len(tape.events), "")]):
-        part = live[begin + 1 : end + 1] or [live[begin]]
+        part = live[begin : end + 1]  # with what is there when it begins, as torch's own counters have it
         highest = max(part)
         instant = ADAPT if name == EMPTIED else name
         if highest > peaks.get(instant, (-1, 0))[0]:
-            peaks[instant] = (highest, min(begin + 1 + part.index(highest), end))
+            peaks[instant] = (highest, begin + part.index(highest))
     found, buckets, done = {}, dict.fromkeys(BUCKETS, 0), 0
     for instant, (_, until) in sorted(peaks.items(), key=lambda item: item[1][1]):
         for event, delta in zip(tape.events[done:until], deltas[done:until], strict=True):

@@ -18,6 +18,7 @@ from llamanb.tape.workload import (
     LOSS,
     OFFLOADED,
     RECOMPUTED,
+    STEP,
     STORED,
     mlp_tile,
 )
@@ -241,4 +242,6 @@ class FusedLayers(LinearLayers):
                 x = new(self.e * N * self.hidden, ACTIVATIONS)
             gradient = self.fused_backward(i, work.layers[i], gradient, kept)
             free(x)
-        free(gradient, *angles, copies)
+        free(gradient, *angles)
+        self.tape.mark(STEP)  # which begins where the last backward ends, and copies are let go of behind that
+        free(copies)
