@@ -169,7 +169,7 @@ class Timeline:
             made.add(Sample(float(time_s), phase, *(float(n) if n else None for n in numbers)))
         for step, *numbers, tokens, scale in _rows(folder / METRICS, len(Step._fields)):
             made.steps.append(Step(int(step), *map(float, numbers), int(tokens), float(scale)))
-        made.phase = "over"
+        made.phase, made.returns = "over", [[int(began), int(end)] for began, end in made.returns]
         return made
 
 

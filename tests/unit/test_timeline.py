@@ -144,7 +144,7 @@ def test_facts_are_whole_even_if_a_run_dies_while_they_are_written(tmp_path, mon
     assert Timeline.read(tmp_path).limit_gib == 15.0
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"sources": 1}', '"a"', "\ufeff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"sources": 1}', '"a"', "\ufeff", '{"source": "", "returns": [3]}'])
 def test_facts_that_are_none_are_an_error(tmp_path, text):
     written(tmp_path)
     (tmp_path / FACTS).write_text(text)
