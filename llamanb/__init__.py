@@ -27,6 +27,8 @@ _HOME = {
     "Run": "run",
     "show_run": "run",
     "load_adapter": "model",
+    "merge": "export",
+    "to_gguf": "export",
     "recipe_form": "ui",
     "plan_form": "ui",
     "LlamanbError": "errors",

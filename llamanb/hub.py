@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import http.client
 import json
 import os
@@ -131,6 +132,19 @@ def require_llama(config: Mapping, model: str) -> None:
             "not run code that a checkpoint brings",
             "choose a Llama 3 checkpoint, such as meta-llama/Llama-3.2-1B-Instruct",
         )
+
+
+def fingerprint(folder: Path) -> str:
+    """The same for the same files of weights, wherever they lie: 256 looks into each. Another revision, or another
+    fine-tune of the same shape, has another one. Raises OSError."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(WEIGHTS)):
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for at in range(0, size, max(1024, size // 256)):
+                file.seek(at)
+                digest.update(file.read(1024))
+    return digest.hexdigest()
 
 
 def _download(model: str, revision: str, weights: bool) -> Path:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 from pathlib import Path
 
 from llamanb import __version__, hub
@@ -24,6 +25,8 @@ from llamanb.training.second_home import bring_back, copied_to
 
 __all__ = ["CHECKPOINTS", "Run", "train"]
 
+BASE = "base.json"
+"""File of a run that says which weights it was trained on."""
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
@@ -75,13 +78,21 @@ def train(
         if checkpoint:
             progress = _continued(checkpoint, plan, data, progress.rows)
             plan = as_it_ran(plan, checkpoint.parents[1])
-        hub.checkpoint_folder(plan.recipe.model, plan.recipe.revision)  # all that can be refused is, before any change
+        # All that can be refused is, before any change
+        base = hub.checkpoint_folder(plan.recipe.model, plan.recipe.revision)
         folder = checkpoint.parents[1].resolve() if checkpoint else new_folder(Path(runs), name)
         if not checkpoint:
             held.enter_context(lock(folder))
+            write_base(base, folder)
         if second_home:
             held.enter_context(copied_to(second_home, name, folder))
         return _watched(plan, data, folder, checkpoint, progress, report_to, held)
+
+
+def write_base(base: Path, folder: Path) -> None:
+    """Notes in the run's folder which weights it is trained on, so that a merge can tell them from others."""
+    commit = base.name if base.parent.name == "snapshots" else None  # in the Hub's cache
+    replace_text(folder / BASE, json.dumps({"commit": commit, "fingerprint": hub.fingerprint(base)}))
 
 
 def _continued(checkpoint: Path, plan: Plan, data: TrainingData, rows: str) -> Progress:

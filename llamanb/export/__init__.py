@@ -1,0 +1,9 @@
+"""After training: an adapter merged into 16-bit weights, and those as GGUF. Tensor by tensor, never the whole model."""
+
+from llamanb.quiet import quiet_libraries
+
+with quiet_libraries():  # bitsandbytes speaks as soon as it is imported
+    from llamanb.export.gguf_file import to_gguf
+    from llamanb.export.merging import merge
+
+__all__ = ["merge", "to_gguf"]
