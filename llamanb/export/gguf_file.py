@@ -26,7 +26,11 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-"""How Llama 3 splits a text before its merges; llama.cpp knows it as `llama-bpe`."""
+"""How Llama 3 splits a text before its merges."""
+TINY_SPLIT = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {LLAMA3_SPLIT: "llama-bpe", TINY_SPLIT: "bloom"}
+"""llama.cpp's names. It has none for the tiny Llama's; `bloom` splits less, and no merge of the tiny vocabulary reaches
+over what it leaves together, so the tokens are the same."""
 _PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -100,9 +104,11 @@ def to_gguf(folder: str | Path, to: str | Path | None = None, *, kind: str = "f1
     new.replace(target)
     text, remark = modelfile(target.name, tokenizer)
     target.with_suffix(".Modelfile").write_text(text, encoding="utf-8")
-    for line in (vocabulary.remark, remark):
-        if line:
-            print(line, flush=True)
+    if not vocabulary.split:
+        print("llama.cpp knows no splitting of text like this tokenizer's, will split as Llama 3 does, and may give")
+        print("other tokens for the same text")
+    if remark:
+        print(remark)
     print(f"{target}: {target.stat().st_size / 1e9:.2f} GB; ollama create NAME -f {target.with_suffix('.Modelfile')}")
     if kind == "f16":
         print(f"smaller, with llama.cpp: llama-quantize {target} {target.with_name(folder.name)}-Q4_K_M.gguf Q4_K_M")
@@ -244,7 +250,8 @@ class _Vocabulary:
     kinds: list[int]
     """gguf.TokenType of each."""
     merges: list[str]
-    remark: str
+    split: str
+    """llama.cpp's name for how text is split before the merges; empty where it has none."""
 
 
 def _vocabulary(folder: Path, size: int) -> _Vocabulary:
@@ -267,20 +274,14 @@ def _vocabulary(folder: Path, size: int) -> _Vocabulary:
             f"the tokenizer in {folder} cannot be written as GGUF", why, "use a Llama 3 checkpoint"
         ) from None
     pairs = [by_id.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(size)]
-    remark = ""
-    if LLAMA3_SPLIT not in [
-        part.get("pattern", {}).get("Regex") for part in saved["pre_tokenizer"].get("pretokenizers", [])
-    ]:
-        remark = (
-            "its tokenizer splits text in a way of its own, which llama.cpp has no name for: llama.cpp will split as "
-            "Llama 3 does, and may give other tokens for the same text"
-        )
-    return _Vocabulary([token for token, _ in pairs], [int(kind) for _, kind in pairs], merges, remark)
+    before = saved["pre_tokenizer"].get("pretokenizers", [])
+    split = next((SPLITS[regex] for part in before if (regex := part.get("pattern", {}).get("Regex")) in SPLITS), "")
+    return _Vocabulary([token for token, _ in pairs], [int(kind) for _, kind in pairs], merges, split)
 
 
 def _add_tokenizer(writer, vocabulary: _Vocabulary, tokenizer) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_tokenizer_pre(vocabulary.split or "llama-bpe")
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     writer.add_token_merges(vocabulary.merges)

@@ -1,7 +1,9 @@
 """GGUF files, read back by transformers' own loader; and the tiny default from training to there."""
 
+import copy
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import gguf
@@ -10,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llamanb import Card, Recipe, load_adapter, load_data, merge, plan, to_gguf, train
+from llamanb import Card, Recipe, load_adapter, load_data, merge, plan, tiny, to_gguf, train
 from llamanb.architecture import from_config
 from llamanb.data.encode import end_token_ids, load_tokenizer, render
 from llamanb.errors import DiskFullError, ModelError, RecipeError
@@ -88,9 +91,6 @@ def test_tokenizer_and_template_come_along(merged, capsys):
     tokenizer, there = load_tokenizer(merged), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     written = fields(path)
     assert there.chat_template == tokenizer.chat_template == written["tokenizer.chat_template"]
-    turns = [{"role": "user", "content": "Write the ticket."}]
-    text = render(tokenizer, turns, prompt=True)
-    assert there(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer.get_vocab()
     for key, token in (
         ("bos", "<|begin_of_text|>"),
@@ -104,9 +104,7 @@ def test_tokenizer_and_template_come_along(merged, capsys):
     assert {i for i, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL} == set(tokenizer.all_special_ids) | {
         ids[token.content] for token in tokenizer.added_tokens_decoder.values()
     }
-    said = capsys.readouterr().out
-    assert "llama-quantize" in said
-    assert "in a way of its own" in said, "the tiny tokenizer's split is none of llama.cpp's"
+    assert "llama-quantize" in capsys.readouterr().out
 
 
 def test_a_mini_llama_3_with_stretched_positions(mini, tmp_path, capsys):
@@ -192,27 +190,51 @@ def test_refused_before_anything_is_written(mini, tmp_path, monkeypatch):
     refused(RecipeError, "package gguf is not installed")
 
 
-def test_llama_3_s_split_is_known_by_its_regex(real_tokenizer_split, mini):
-    assert real_tokenizer_split == LLAMA3_SPLIT
+# --- how text is split before the merges
+
+BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"  # noqa: RUF001
+"""llama.cpp's `bloom`."""
 
 
-@pytest.fixture
-def real_tokenizer_split(trl_template, monkeypatch):
-    """The pattern that tests.checkpoints makes Llama 3's own vocabulary with."""
-    from transformers import convert_slow_tokenizer
+def split_by(tokenizer, regex):
+    """The tokenizer with another split; what the regex leaves out is a piece of its own, as in llama.cpp."""
+    made = copy.deepcopy(tokenizer)
+    split = pre_tokenizers.Split(Regex(regex), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    return made
 
-    from tests.checkpoints import real_tokenizer
 
-    seen = {}
+def test_the_tiny_s_text_splits_alike_in_llama_cpp(merged):
+    tokenizer = load_tokenizer(merged)
+    assert fields(to_gguf(merged))["tokenizer.ggml.pre"] == "bloom"
+    bloom, llama3 = split_by(tokenizer, BLOOM), split_by(tokenizer, LLAMA3_SPLIT)
+    texts = [render(tokenizer, row["messages"]) for split in ("train", "eval") for row in tiny.rows(split)]
+    assert [bloom.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+    assert [llama3.encode(text) for text in texts] != [tokenizer.encode(text) for text in texts]
 
-    def converter(ranks, pattern):
-        seen["pattern"] = pattern
-        raise InterruptedError
 
-    monkeypatch.setattr(convert_slow_tokenizer, "TikTokenConverter", converter)
-    with pytest.raises(InterruptedError):
-        real_tokenizer("ranks")
-    return seen["pattern"]
+@pytest.mark.parametrize(("regex", "known"), [(LLAMA3_SPLIT, True), (r"\w+|\W+", False)])
+def test_text_splits_as_llama_3_s_does(mini, tmp_path, capsys, regex, known):
+    folder = shutil.copytree(mini, tmp_path / "model")
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    model = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocabulary, merges = (
+        model.get_vocab(with_added_tokens=False),
+        [("Ġ", "1"), ("1", "2"), ("(", "w"), ("Ċ", "Ċ"), ("'", "s")],
+    )
+    for pair, filler in zip(merges, [f"filler{i}" for i in range(len(merges))], strict=True):
+        vocabulary["".join(pair)] = vocabulary.pop(filler, len(vocabulary))
+    saved["model"] |= {"vocab": vocabulary, "merges": merges}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = split_by(load_tokenizer(folder), regex)
+    tokenizer.save_pretrained(folder)
+    path = to_gguf(folder, tmp_path / "split.gguf")
+    assert ("may give" not in capsys.readouterr().out) == known
+    there = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    text = "It's 12 (words)\n\n1212 \n it'S"
+    same = there.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
+    assert same == known
 
 
 # --- Ollama
@@ -239,8 +261,6 @@ def as_jinja(template: str) -> str:
 
 @pytest.mark.parametrize("template", ["own", "llama3", "llama3_1", "llama3_2"])
 def test_ollama_s_template_gives_what_the_tokenizer_s_does(tokenizer, trl_template, template):
-    import copy
-
     tokenizer = copy.deepcopy(tokenizer)
     if template != "own":
         tokenizer.chat_template = trl_template(template)
