@@ -94,14 +94,17 @@ def to_gguf(folder: str | Path, to: str | Path | None = None, *, kind: str = "f1
             "free some room, or give a file on another disk: to=",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in made:
-        writer.write_tensor_data(tensor)
-    writer.close()
-    flush(new)
-    new.replace(target)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in made:
+            writer.write_tensor_data(tensor)
+        writer.close()
+        flush(new)
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)
     text, remark = modelfile(target.name, tokenizer)
     target.with_suffix(".Modelfile").write_text(text, encoding="utf-8")
     if not vocabulary.split:
@@ -109,7 +112,7 @@ def to_gguf(folder: str | Path, to: str | Path | None = None, *, kind: str = "f1
         print("other tokens for the same text")
     if remark:
         print(remark)
-    print(f"{target}: {target.stat().st_size / 1e9:.2f} GB; ollama create NAME -f {target.with_suffix('.Modelfile')}")
+    print(f"{target}: {target.stat().st_size / 1e9:.3g} GB; ollama create NAME -f {target.with_suffix('.Modelfile')}")
     if kind == "f16":
         print(f"smaller, with llama.cpp: llama-quantize {target} {target.with_name(folder.name)}-Q4_K_M.gguf Q4_K_M")
     return target

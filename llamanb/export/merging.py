@@ -125,7 +125,7 @@ class _Job:
     def write(self, folder: Folder, base: str) -> None:
         wide = DTYPES[self.dtype]
         shards = layout(self.weights, wide)
-        print(f"merging {self.source.saved} into {BASES[base]}: {self.size / 1e9:.1f} GB", flush=True)
+        print(f"merging {self.source.saved} into {BASES[base]}: {self.size / 1e9:.3g} GB", flush=True)
         if folder.done:
             print(f"{len(folder.done)} of {len(shards)} shards are there already", flush=True)
         for name, group in shards.items():

@@ -170,6 +170,16 @@ def test_more_rows_than_tokens_are_marked_unused(mini, tmp_path):
     assert set(written["tokenizer.ggml.token_type"][512:]) == {gguf.TokenType.UNUSED}
 
 
+def test_weights_too_large_for_f16_leave_nothing(mini, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(mini, dtype=torch.bfloat16)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = 1e5
+    model.save_pretrained(tmp_path / "large")
+    load_tokenizer(mini).save_pretrained(tmp_path / "large")
+    with pytest.raises(ModelError, match="does not fit into f16"):
+        to_gguf(tmp_path / "large", tmp_path / "out" / "large.gguf")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_refused_before_anything_is_written(mini, tmp_path, monkeypatch):
     def refused(error, match, folder=mini, **options):
         with pytest.raises(error, match=match):
