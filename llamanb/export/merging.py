@@ -35,7 +35,7 @@ ROUNDING = {"fp16": 2e-3, "bf16": 1.6e-2}
 """Largest difference from base + adapter, as a share of a weight's outputs, that 16 bits account for."""
 SAMPLED, PROBES = 64, 4
 """Rows of each weight that are checked, and inputs that they are checked with."""
-LIBRARIES_GIB, BYTES_A_WEIGHT = 0.75, 4
+LIBRARIES_GIB, BYTES_A_WEIGHT = 1.0, 4
 """Host memory that a merge is allowed for: the libraries, and each weight of the largest layer that is merged."""
 
 
