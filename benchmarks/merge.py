@@ -1,6 +1,6 @@
 """Host memory of a merge: a synthetic checkpoint of a published shape, merged under a limit, killed half way, resumed.
 
-python -m benchmarks.merge [8b|3b] [FOLDER]      (8b: 48 GB of disk, half an hour on two cores)
+python -m benchmarks.merge [1b|3b|8b] [FOLDER]      (8b: 48 GB of disk, half an hour on two cores)
 
 The limit is RLIMIT_DATA: all private memory that a process may ask for, mapped files left out. What is reported is
 RssAnon of /proc/self/status, sampled 20 times a second: what of that was really held. Files are read and not mapped, so
@@ -164,6 +164,6 @@ if __name__ == "__main__":
     else:
         place = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(tempfile.mkdtemp())
         try:
-            main(sys.argv[1] if len(sys.argv) > 1 else "8b", place)
+            main(sys.argv[1] if len(sys.argv) > 1 else "1b", place)
         finally:
             shutil.rmtree(place, ignore_errors=True)
