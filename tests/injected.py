@@ -104,7 +104,8 @@ class Untouched(TrainerCallback):
 
 
 class Ends(TrainerCallback):
-    """Ends a session in the step after `step`, as a dying process would: without a checkpoint more."""
+    """Ends a session before the step in which `when`, asked with the trainer, says so; as a dying process would,
+    without a checkpoint more."""
 
     def __init__(self, when):
         self.when = when
