@@ -143,7 +143,7 @@ def test_pressed_in_any_part(kernel, whole, monkeypatch, place, times):
 
     def pressed(call, number):
         def outer(*args, **kwargs):
-            if len(presses) < number and getattr(args[0] if args else None, "training", True):
+            if len(presses) < number and (not place.endswith("MLP.forward") or args[0].training):
                 presses.append(place)
                 signal.raise_signal(signal.SIGINT)
                 return outer(*args, **kwargs)
