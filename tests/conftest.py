@@ -1,3 +1,4 @@
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,10 @@ def trl_template():
 def mini(tmp_path_factory) -> Path:
     """A checkpoint of two layers with random weights."""
     return make_checkpoint("mini", tmp_path_factory.mktemp("mini"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_are_heard():
+    """A shell starts what runs in its background with interrupts ignored, and Python leaves that as it is."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
