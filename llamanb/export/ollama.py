@@ -7,7 +7,7 @@ from typing import NamedTuple
 from llamanb.data.encode import END_TOKENS, render
 from llamanb.errors import LlamanbError
 
-_SYSTEM, _USER, _ASSISTANT = "<<the system says>>", "<<the user says>>", "<<the assistant says>>"
+_SYSTEM, _USER, _ASSISTANT = "[[the system says]]", "[[the user says]]", "[[the assistant says]]"
 
 
 class Pieces(NamedTuple):
