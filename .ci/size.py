@@ -20,6 +20,8 @@ EXTRAS = (
     "tradeoffs.py",
     "tradeoffs_picture.py",
     "claims.py",
+    "chat.py",
+    "ui/chat_form.py",
     "tiny/make.py",
 )
 EXTRAS += ("setup/environment.py",)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from llamanb import plots
 from llamanb.errors import UNREADABLE, LlamanbError, RecipeError
-from llamanb.evaluate import Comparison, Scores
 from llamanb.html import Table, image, join, visible
 from llamanb.layout import GIB, Plan
 from llamanb.nvml import first_line
 from llamanb.plots import Picture
+from llamanb.scores import Comparison
 from llamanb.timeline import Timeline, replace_text
 
 RUNNING, FINISHED, INTERRUPTED = "running", "finished", "interrupted"
@@ -72,8 +72,7 @@ class Run:
         """Writes what `open` reads, beside the plan and recipe that lie there from the start."""
         self.timeline.write(self.folder)
         if self.scores:
-            text = json.dumps(dataclasses.asdict(self.scores), indent=1)
-            replace_text(self.folder / "scores.json", text)
+            replace_text(self.folder / "scores.json", self.scores.to_json())
         self.save_facts()
 
     def save_facts(self) -> None:
@@ -190,9 +189,4 @@ def numbered(runs: Path, name: str) -> dict[int, Path]:
 
 
 def _scores(path: Path) -> Comparison | None:
-    if not path.exists():
-        return None
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("before", "after"):
-        fields[name] = Scores(**{**fields[name], "answers": tuple(fields[name]["answers"])})
-    return Comparison(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    return Comparison.from_json(path.read_text(encoding="utf-8")) if path.exists() else None

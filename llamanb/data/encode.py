@@ -78,6 +78,12 @@ def end_token_ids(tokenizer) -> list[int]:
     return [vocabulary[name] for name in names if name in vocabulary]
 
 
+def control_tokens(tokenizer) -> re.Pattern:
+    """Finds what would begin or end a turn by itself where it stands in a text."""
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, control)) or "(?!)")
+
+
 def render(tokenizer, messages: list[dict], tools: list[dict] | None = None, *, prompt: bool = False) -> str:
     """The conversation as the model sees it; with `prompt`, up to where the assistant's next turn begins.
 
@@ -99,9 +105,8 @@ class Encoder:
     def __init__(self, tokenizer, max_length: int, *, everything: bool = False):
         self.tokenizer, self.max_length, self.everything = tokenizer, max_length, everything
         self.bos = tokenizer.bos_token or ""
-        control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.end_of_text = "<|end_of_text|>" if "<|end_of_text|>" in control else tokenizer.eos_token
-        self.control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        self.control = control_tokens(tokenizer)
+        self.end_of_text = "<|end_of_text|>" if self.control.search("<|end_of_text|>") else tokenizer.eos_token
 
     def encode(self, example: Example) -> Encoded:
         """Token ids and labels of one example.

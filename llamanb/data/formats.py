@@ -11,6 +11,8 @@ from typing import NamedTuple
 from llamanb.data.read import BadRow, Row
 from llamanb.errors import DataError
 
+SQUAD = "SQuAD"
+"""Name of the format whose answers are scored as SQuAD's own script does."""
 UNANSWERABLE = "unanswerable"
 """What the model is taught to say where SQuAD v2's context holds no answer."""
 
@@ -212,7 +214,7 @@ def _calls(calls: object, turn: str, column: str) -> list[dict]:
 FORMATS = (
     Format("chat messages", ("messages",), _messages),
     Format("ShareGPT", ("conversations",), _sharegpt),
-    Format("SQuAD", ("context", "question", "answers"), _squad),
+    Format(SQUAD, ("context", "question", "answers"), _squad),
     Format("Alpaca", ("instruction", "output"), _alpaca),
     Format("Self-Instruct seed tasks", ("instruction", "instances"), _seed_task),
     Format("prompt and completion", ("prompt", "completion"), _prompt_completion),

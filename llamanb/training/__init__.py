@@ -252,6 +252,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
         print("scoring the held-out rows again", flush=True)
         scene.run = scene.run.replace(scores=compare(progress.before, evaluate(model, data), data))
         write_model_card(saved, scene.plan, str(scene.run.scores.tables()[0]))
+        print(scene.run.scores.verdict, flush=True)
     scene.run = scene.run.replace(status=status)
     scene.run.save()
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from llamanb.data import TrainingData
 from llamanb.errors import UNREADABLE, LlamanbError, RecipeError
-from llamanb.evaluate import Scores
 from llamanb.html import Table
 from llamanb.layout import Plan
 from llamanb.run import FINISHED, newest_folder
+from llamanb.scores import Scores
 from llamanb.timeline import Step
 from llamanb.training.checkpoints import lock, newest
 
@@ -46,7 +46,7 @@ class Progress:
     @classmethod
     def load(cls, checkpoint: Path) -> Progress:
         fields = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        before = fields["before"] and Scores(**{**fields["before"], "answers": tuple(fields["before"]["answers"])})
+        before = fields["before"] and Scores.read(fields["before"])
         return cls(**{**fields, "before": before, "steps": tuple(Step(*step) for step in fields["steps"])})
 
 

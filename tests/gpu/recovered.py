@@ -43,7 +43,7 @@ def trained(made, data, runs: Path, name: str, kind: str = "", gib: float = 0.0)
     import torch
     from transformers import TrainerCallback
 
-    from llamanb import evaluate
+    from llamanb import evaluate, generate
     from llamanb.training import step, trainer
 
     build, seen, held, said = trainer.build_trainer, [], [], []
@@ -69,7 +69,8 @@ def trained(made, data, runs: Path, name: str, kind: str = "", gib: float = 0.0)
     if kind == LATE:
         patches.append(mock.patch.object(step, "heaviest", return_value=None))
     if kind == SCORING:
-        patches += [mock.patch.object(evaluate, name, 2**20) for name in ("TOKENS_AT_ONCE", "POSITIONS_AT_ONCE")]
+        places = {"TOKENS_AT_ONCE": generate, "POSITIONS_AT_ONCE": evaluate}
+        patches += [mock.patch.object(module, name, 2**20) for name, module in places.items()]
     for patch in patches:
         patch.start()
     try:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from llamanb import Card, Recipe
 from llamanb.architecture import architecture
-from llamanb.evaluate import Comparison, Scores
 from llamanb.planner import search
 from llamanb.run import FINISHED, Run
+from llamanb.scores import Comparison, RowScore, Scores
 from llamanb.timeline import Sample, Step, Timeline
 
 ONE = "meta-llama/Llama-3.2-1B-Instruct"
@@ -24,7 +24,8 @@ def run_on_a_t4(folder: Path, *, question: str = "Why?", answer: str = "Because.
     for i, phase in enumerate(["import", "load", "score", *["forward", "loss", "backward", "optimizer step"] * 5]):
         timeline.add(Sample(0.1 * i, phase, 1.0 + 0.1 * i, 0.9, 0.95 + 0.05 * i))
     timeline.steps += [Step(i, 0.4 * i, 2.0 / i, 2e-4, 0.5, 500 * i) for i in range(1, 6)]
-    scores = Comparison(Scores(2.0, 0.0, (answer,)), Scores(0.5, 1.0, (answer,)), (question,), (answer,))
+    before, after = (RowScore(nats, 10, answer, True, right) for nats, right in ((20.0, False), (5.0, True)))
+    scores = Comparison(Scores((before,)), Scores((after,)), (question,), (answer,))
     versions = {"llamanb": "0.1.0", "torch": "2.11.0"}
     run = Run(folder, made, timeline, scores, FINISHED, 2.0, dict(BUCKETS_GIB), versions)
     recipe.save(folder / "recipe.json")

@@ -20,9 +20,10 @@ from llamanb import Card, Recipe, load_adapter, load_data, merge, plan, tiny, to
 from llamanb.architecture import from_config
 from llamanb.data.encode import end_token_ids, load_tokenizer, render
 from llamanb.errors import DiskFullError, ModelError, RecipeError
-from llamanb.evaluate import _generate, evaluate
+from llamanb.evaluate import evaluate
 from llamanb.export import gguf_file, ollama
 from llamanb.export.gguf_file import LLAMA3_SPLIT, rope_factors
+from llamanb.generate import generate
 from llamanb.tiny import CHECKPOINT, DEFAULTS
 
 IDS = torch.arange(40, 90)[None]
@@ -64,11 +65,11 @@ def test_from_training_to_gguf_the_answers_stay(run, merged, capsys):
         one.generation_config.eos_token_id = end_token_ids(tokenizer)
     assert torch.equal(logits(f16), logits(reloaded)), "f16 holds what was merged"
     prompts = [render(tokenizer, e.messages[:1], prompt=True) for e in data.held_out_examples]
-    answers = _generate(model, tokenizer, prompts, 40)
-    assert sum(len(answer.split("|")) == 5 for answer in answers) > 12, "it has learned its format"
-    assert _generate(reloaded, tokenizer, prompts, 40) == answers
-    assert _generate(f16, tokenizer, prompts, 40) == answers
-    same = [a == b for a, b in zip(_generate(q8_0, tokenizer, prompts, 40), answers, strict=True)]
+    answers = generate(model, tokenizer, prompts, 40)
+    assert sum(len(answer.text.split("|")) == 5 for answer in answers) > 12, "it has learned its format"
+    assert generate(reloaded, tokenizer, prompts, 40) == answers
+    assert generate(f16, tokenizer, prompts, 40) == answers
+    same = [a == b for a, b in zip(generate(q8_0, tokenizer, prompts, 40), answers, strict=True)]
     assert sum(same) >= len(same) - 2, "8 bits may tip a choice between two words"
     assert (logits(q8_0) - logits(f16)).abs().max() < 0.05 * logits(f16).abs().max()
     ids = tokenizer(prompts[0], add_special_tokens=False, return_tensors="pt")["input_ids"]

@@ -21,15 +21,16 @@ import yaml
 
 from llamanb import Card, Recipe, gpu_check, hub, plan
 from llamanb import html as pieces
+from llamanb.chat import Chat
 from llamanb.data.show import Tokens
 from llamanb.errors import LlamanbError, RecipeError
-from llamanb.evaluate import Comparison, Scores
 from llamanb.html import Bar, Table, visible
 from llamanb.model.save import _model_card
 from llamanb.planner import DoesNotFitError
 from llamanb.plots import Picture
 from llamanb.report import report
 from llamanb.run import Run, new_folder
+from llamanb.scores import Comparison, RowScore, Scores, Verdict
 from llamanb.timeline import Timeline
 from llamanb.trials import Attention
 from llamanb.ui import form as form_module
@@ -71,7 +72,7 @@ def does_not_fit(text):
 
 
 def comparison(text):
-    scores = Scores(1.0, 0.5, (text, text))
+    scores = Scores((RowScore(1.0, 1, text, True, True, 0.5),) * 2)
     return Comparison(scores, scores, (text, text), (text, text))
 
 
@@ -104,6 +105,13 @@ def tokens(text):
     return Tokens(SimpleNamespace(decode=lambda ids: text * len(ids)), row)
 
 
+def conversation(text):
+    chat = Chat(SimpleNamespace(), None)
+    chat.messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    chat._answered_by = [text]
+    return chat
+
+
 SINKS = {
     "table": lambda text: Table([text, text], [[text, text]], text),
     "bar": lambda text: Bar({text: 1.0, text + "2": 2.0}, 2.0, text, text),
@@ -123,6 +131,8 @@ SINKS = {
     "memory of GPUs": gpu_memory,
     "report of a GPU": gpu_report,
     "tokens": tokens,
+    "verdict": lambda text: Verdict(text, text, f"{text}."),
+    "conversation": conversation,
 }
 
 
@@ -307,6 +317,7 @@ ALLOWED = {
     ("data/encode.py", "<pad>"): "a token too",
     ("data/encode.py", "</s>"): "a token too",
     ("ui/form.py", "HTML"): "a widget; its value is html.py's (the test of the form above)",
+    ("ui/chat_form.py", "HTML"): "the same (test_chat.py)",
 }
 READERS = {"HTML", "HTMLMath", "Markdown", "Javascript", "Latex", "Math", "SVG", "IFrame", "VegaLite"}
 """Of IPython.display and ipywidgets: what takes a string for something else than text."""

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 from llamanb import Card, Recipe, load_adapter, load_data, plan, show_run, train
 from llamanb.errors import RecipeError
-from llamanb.evaluate import Scores
 from llamanb.run import FINISHED, RUNNING
+from llamanb.scores import RowScore, Scores
 from llamanb.timeline import Step, Timeline
 from llamanb.training import saves, trainer
 from llamanb.training.checkpoints import ASIDE, MANIFEST, holds, lock, newest
@@ -678,7 +678,7 @@ def test_a_pickle_that_would_rather_run_does_not(recipe, tmp_path, ended, monkey
 
 def test_progress_is_read_as_it_was_written(tmp_path):
     steps = (Step(1, 0.1, float("inf"), 2e-4, 0.5, 10), Step(2, 0.2, 1.0, 1e-4, 0.25, 2**53))
-    for before in (None, Scores(1.5, None, ("a", 'b "c"')), Scores(0.25, 0.5, ())):
+    for before in (None, Scores((RowScore(1.5, 2, "a"), RowScore(0.1, 3, 'b "c"', True, False, 0.25))), Scores(())):
         made = Progress("rows", before, 12.5, steps, [[9, 3], [8, 3]])
         made.save(tmp_path)
         assert Progress.load(tmp_path) == made

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from llamanb import Card, Recipe, load_adapter, load_data, plan, plots, show_run, train
+from llamanb import Card, Recipe, answer, load_adapter, load_data, plan, plots, show_run, train
 from llamanb.errors import ModelError, RecipeError
-from llamanb.evaluate import answer, evaluate
+from llamanb.evaluate import evaluate
 from llamanb.training.trainer import StopAfter, build_trainer, widen_trained
 
 CPU = Card("CPU", None)
