@@ -33,6 +33,8 @@ _HOME = {
     "side_by_side": "chat",
     "merge": "export",
     "to_gguf": "export",
+    "load_merged": "export",
+    "same_answers": "export",
     "recipe_form": "ui",
     "plan_form": "ui",
     "LlamanbError": "errors",

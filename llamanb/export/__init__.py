@@ -5,5 +5,6 @@ from llamanb.quiet import quiet_libraries
 with quiet_libraries():  # bitsandbytes speaks as soon as it is imported
     from llamanb.export.gguf_file import to_gguf
     from llamanb.export.merging import merge
+    from llamanb.export.reload import load_merged, same_answers
 
-__all__ = ["merge", "to_gguf"]
+__all__ = ["load_merged", "merge", "same_answers", "to_gguf"]

@@ -59,18 +59,15 @@ def to_gguf(folder: str | Path, to: str | Path | None = None, *, kind: str = "f1
     Returns the file.
 
     Raises:
-        RecipeError: an argument cannot be what it is, or the `gguf` package is not installed.
+        RecipeError: an argument cannot be what it is.
         ModelError, MissingShardError: no complete 16-bit Llama with a byte-level BPE tokenizer.
         DiskFullError: there is too little room.
     """
     if kind not in KINDS:
         why = "others are made from f16 by llama.cpp: llama-quantize MODEL-f16.gguf MODEL-Q4_K_M.gguf Q4_K_M"
         raise RecipeError(f"kind = {kind!r}", why, f"kind = {' or '.join(KINDS)}")
-    try:
-        import gguf
-    except ImportError:
-        why = "it writes the format, and is no part of the usual installation"
-        raise RecipeError("the package gguf is not installed", why, "pip install 'gguf>=0.19,<1'") from None
+    import gguf
+
     folder = Path(folder).expanduser().absolute()
     config = hub.read_config(folder, str(folder))
     shape = from_config(config, str(folder))

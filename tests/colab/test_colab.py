@@ -17,7 +17,7 @@ from tests.colab.image import DIFFERS, FREEZE, ROOT, run
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("colab")]
 
 MOVED = {"datasets", "pyarrow"}
-ADDED = {"trl", "bitsandbytes", "papermill", "tenacity", "torchmetrics", "lightning-utilities", "llamanb"}
+ADDED = {"trl", "bitsandbytes", "papermill", "tenacity", "torchmetrics", "lightning-utilities", "gguf", "llamanb"}
 REMOVED = {"torchao"}
 UNTOUCHED = ("torch", "numpy", "pandas", "transformers", "peft", "accelerate", "huggingface-hub", "tokenizers")
 UNTOUCHED += ("ipywidgets", "ipython", "ipykernel", "traitlets", "matplotlib", "fsspec", "dill")

@@ -11,3 +11,13 @@ def tokenizer():
     made = byte_tokenizer(template=LLAMA3_TEMPLATE)
     made.pad_token = "<|finetune_right_pad_id|>"
     return made
+
+
+@pytest.fixture(scope="session")
+def tuned_run(tmp_path_factory):
+    """The tiny Llama, trained long enough to know its format. Read it; whoever writes into its folder takes a copy."""
+    from llamanb import Card, Recipe, plan, train
+    from llamanb.tiny import DEFAULTS
+
+    recipe = Recipe(model="tiny", dataset="tiny", eval_rows=12, **{**DEFAULTS, "steps": 40})
+    return train(plan(recipe, Card("CPU", None)), runs=tmp_path_factory.mktemp("runs"))

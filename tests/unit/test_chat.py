@@ -7,24 +7,18 @@ import threading
 import pytest
 import torch
 
-from llamanb import Card, Chat, Recipe, chat_form, load_adapter, plan, train
+from llamanb import Chat, chat_form, load_adapter
 from llamanb.chat import OFF, ON, ChatError
 from llamanb.errors import RecipeError
-from llamanb.tiny import DEFAULTS, rows
+from llamanb.tiny import rows
 from tests.unit.hostile import MARKUP
 
 NOTES = [row["messages"][0]["content"] for row in rows("eval", count=6)]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    recipe = Recipe(model="tiny", dataset="tiny", method="lora", eval_rows=12, **{**DEFAULTS, "steps": 40})
-    return train(plan(recipe, Card("CPU", None)), runs=tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def tuned(run):
-    return load_adapter(run.folder)
+def tuned(tuned_run):
+    return load_adapter(tuned_run.folder)
 
 
 @pytest.fixture
@@ -32,8 +26,8 @@ def chat(tuned):
     return Chat(*tuned, max_new_tokens=40)
 
 
-def test_it_answers_as_in_the_scores_and_stops_by_itself(run, chat):
-    for question, wanted in zip(run.scores.questions, run.scores.after.answers, strict=True):
+def test_it_answers_as_in_the_scores_and_stops_by_itself(tuned_run, chat):
+    for question, wanted in zip(tuned_run.scores.questions, tuned_run.scores.after.answers, strict=True):
         chat.clear()
         assert chat.say(question) == wanted
     assert len(wanted) < 120
@@ -47,8 +41,12 @@ def test_an_answer_comes_piece_by_piece(chat):
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(heard))
 
 
-def test_the_adapter_is_switched_off_and_on(run, chat):
-    question, before, after = run.scores.questions[0], run.scores.before.answers[0], run.scores.after.answers[0]
+def test_the_adapter_is_switched_off_and_on(tuned_run, chat):
+    question, before, after = (
+        tuned_run.scores.questions[0],
+        tuned_run.scores.before.answers[0],
+        tuned_run.scores.after.answers[0],
+    )
     chat.adapter = False
     without = chat.say(question)
     assert without.startswith(before) or before.startswith(without)
@@ -167,11 +165,11 @@ def said(form) -> str:
     return form._said.value + form._answer.value + form._message.value
 
 
-def test_the_form_goes_on_with_a_conversation(chat, run):
+def test_the_form_goes_on_with_a_conversation(chat, tuned_run):
     chat.say(NOTES[0])
     form = chat_form(chat)
     assert chat.messages[1]["content"].split()[0] in said(form)
-    form.turn.value = run.scores.questions[0]
+    form.turn.value = tuned_run.scores.questions[0]
     form.send.click()
     form.wait()
     assert len(chat.messages) == 4

@@ -19,12 +19,13 @@ from llamanb.html import escape_text
 from llamanb.planner import DoesNotFitError, plan
 from llamanb.recipe import METHODS, Recipe
 from llamanb.starter import SQUAD, starter_recipe
+from llamanb.ui import chat_form, plan_form, recipe_form
 from llamanb.ui import form as form_module
-from llamanb.ui import plan_form, recipe_form
 from llamanb.ui.form import FIELDS, THIS_MACHINE
 
 IN_BOTH = {"Combobox", "Dropdown", "DOMWidget", "FloatText", "HBox", "HTML", "IntText", "Label", "Layout", "VBox"}
-"""What the form may use: there in ipywidgets 7.7 and in 8, with the same arguments."""
+IN_BOTH |= {"Button", "Checkbox", "Textarea"}
+"""What a form may use: there in ipywidgets 7.7 and in 8, with the same arguments."""
 LLAMA_8B = Recipe(model="meta-llama/Llama-3.1-8B-Instruct")
 FOUR_BIT = "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit"
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -286,14 +287,17 @@ def test_names_cannot_become_markup():
     assert "<img" not in message(own)
 
 
-def test_it_shows_as_one_box_and_takes_nothing_but_widgets_of_both_versions(monkeypatch):
+def test_it_shows_as_one_box(monkeypatch):
     shown = []
     monkeypatch.setattr(form_module, "display", shown.append)
     recipe_form(Recipe(), "T4")._ipython_display_()
     (box,) = shown
     assert isinstance(box, ipywidgets.VBox)
 
-    tree = ast.parse(inspect.getsource(form_module))
+
+@pytest.mark.parametrize("module", [form_module, chat_form])
+def test_a_form_takes_nothing_but_widgets_of_both_versions(module):
+    tree = ast.parse(inspect.getsource(module))
     used = {
         node.attr
         for node in ast.walk(tree)

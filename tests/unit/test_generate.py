@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from llamanb import Card, Recipe, answer, load_adapter, load_data, plan, side_by_side, train
+from llamanb import Card, Recipe, answer, load_adapter, load_data, plan, side_by_side
 from llamanb.data.encode import load_tokenizer
 from llamanb.errors import RecipeError
 from llamanb.evaluate import compare, evaluate
 from llamanb.generate import batches, generate
 from llamanb.model import load_model
-from llamanb.tiny import CHECKPOINT, DEFAULTS
+from llamanb.tiny import CHECKPOINT
 
 CPU = Card("CPU", None)
 
@@ -24,13 +24,6 @@ def base():
     ), tokenizer
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Trained long enough to know its format."""
-    recipe = Recipe(model="tiny", dataset="tiny", method="lora", eval_rows=12, **{**DEFAULTS, "steps": 40})
-    return train(plan(recipe, CPU), runs=tmp_path_factory.mktemp("runs"))
-
-
 def prompts(tokenizer, count=5):
     from llamanb.data.encode import render
     from llamanb.tiny import rows
@@ -39,12 +32,12 @@ def prompts(tokenizer, count=5):
     return [render(tokenizer, [{"role": "user", "content": note}], prompt=True) for note in notes]
 
 
-def test_a_model_trained_with_end_of_turn_stops_by_itself(run):
+def test_a_model_trained_with_end_of_turn_stops_by_itself(tuned_run):
     """Also one whose base says more: the answers are scored for it, and shown."""
-    after = run.compare().after
+    after = tuned_run.compare().after
     assert after.ended == 1.0
     assert max(map(len, after.answers)) < 120
-    assert "answers that end by themselves" in str(run.compare())
+    assert "answers that end by themselves" in str(tuned_run.compare())
 
 
 def test_each_answer_is_the_same_alone_and_in_a_batch(base):
@@ -55,8 +48,8 @@ def test_each_answer_is_the_same_alone_and_in_a_batch(base):
     assert together == alone
 
 
-def test_one_that_is_cut_off_is_said_to_be(run):
-    model, tokenizer = load_adapter(run.folder)
+def test_one_that_is_cut_off_is_said_to_be(tuned_run):
+    model, tokenizer = load_adapter(tuned_run.folder)
     (long,), (short,) = (generate(model, tokenizer, prompts(tokenizer, 1), n) for n in (60, 2))
     assert (long.ended, short.ended) == (True, False)
     assert long.text.startswith(short.text)
@@ -84,13 +77,15 @@ def test_batches_are_bounded_in_rows_and_in_padded_tokens():
     assert list(batches([], int)) == []
 
 
-def test_side_by_side_is_the_base_beside_what_it_became(run):
-    model, tokenizer = load_adapter(run.folder)
-    question = run.scores.questions[0]
+def test_side_by_side_is_the_base_beside_what_it_became(tuned_run):
+    model, tokenizer = load_adapter(tuned_run.folder)
+    question = tuned_run.scores.questions[0]
     table = side_by_side(model, tokenizer, [question], temperature=0, max_new_tokens=40)
     assert table.headers == ["question", "without the adapter", "with it"]
-    assert table.rows[0][2] == run.scores.after.answers[0] == answer(model, tokenizer, question, max_new_tokens=40)
-    told, before = table.rows[0][1].removesuffix(" …"), run.scores.before.answers[0]
+    assert (
+        table.rows[0][2] == tuned_run.scores.after.answers[0] == answer(model, tokenizer, question, max_new_tokens=40)
+    )
+    told, before = table.rows[0][1].removesuffix(" …"), tuned_run.scores.before.answers[0]
     assert told.startswith(before) or before.startswith(told)
     drawn = [side_by_side(model, tokenizer, [question], seed=seed, temperature=2.0).rows for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]

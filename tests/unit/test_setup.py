@@ -51,6 +51,7 @@ def test_ranges_hold_for_colabs_image_but_for_what_the_setup_moves():
         "bitsandbytes",
         "datasets",
         "torchmetrics",
+        "gguf",
         "pyarrow",
         "papermill",
     ]
