@@ -10,6 +10,7 @@ gate and up; of the adapters their low rank. `fits_layer` says which layers this
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from llamanb.model import attention
 from llamanb.model.elementwise import Fast, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
-from llamanb.model.products import Part, Prologue, copy_adapters
+from llamanb.model.products import Part, Prologue, copy_adapters, nothing
+from llamanb.model.streamed import StreamedLayers
 from llamanb.tape import HALVED, OFFLOADED, STORED, mlp_tile
 
 
@@ -85,13 +87,15 @@ class _Normed(torch.autograd.Function):
 class FusedLayer:
     """A LlamaDecoderLayer's training forward."""
 
-    def __init__(self, layer: nn.Module):
-        attention, mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer: nn.Module, visit: Callable[[], None] = nothing):
+        attention, mlp, self.visit = layer.self_attn, layer.mlp, visit
         self.head_size = attention.head_dim
-        self.entry = Part(_norm(layer.input_layernorm), attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o = Part(AS_IT_IS, attention.o_proj)
-        self.gate_up = Part(_norm(layer.post_attention_layernorm), mlp.gate_proj, mlp.up_proj)
-        self.down = Part(SWIGLU, mlp.down_proj)
+        self.entry = Part(
+            _norm(layer.input_layernorm), attention.q_proj, attention.k_proj, attention.v_proj, visit=visit
+        )
+        self.o = Part(AS_IT_IS, attention.o_proj, visit=visit)
+        self.gate_up = Part(_norm(layer.post_attention_layernorm), mlp.gate_proj, mlp.up_proj, visit=visit)
+        self.down = Part(SWIGLU, mlp.down_proj, visit=visit)
         self.parts = [part for part in (self.entry, self.o, self.gate_up, self.down) if part.places]
 
     def attend(self, x: Tensor, places: Places) -> Tensor:
@@ -139,6 +143,7 @@ class FusedLayer:
 
     def __call__(self, x: Tensor, places: Places, kind: str = STORED) -> Tensor:
         """The stream after the layer, (tokens, hidden); `kind` says what of it is kept (tape.STORED and the others)."""
+        self.visit()
         if kind in (STORED, HALVED):
             x = self.attend(x, places)
         if kind == STORED:
@@ -166,12 +171,16 @@ class FusedDecoder:
         model: with its adapters attached.
         layers: what becomes of each layer's activations.
         kernel: of attention (tape.KERNELS); empty on a CPU.
+        streamed: brings layers to the card whose weights are not there.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], kernel: str):
+    def __init__(self, model: nn.Module, layers: Sequence[str], kernel: str, streamed: StreamedLayers | None = None):
         self.decoder = model.get_decoder()
         Fast.try_on(self.decoder.norm.weight)
-        self.layers = [FusedLayer(layer) for layer in self.decoder.layers]
+        self.layers = [
+            FusedLayer(layer, functools.partial(streamed.visit, number) if streamed else nothing)
+            for number, layer in enumerate(self.decoder.layers)
+        ]
         self.parts = [part for layer in self.layers for part in layer.parts]
         self.kinds = layers or (STORED,) * len(self.layers)
         self.kernel = kernel

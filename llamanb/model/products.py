@@ -61,14 +61,18 @@ class Copies(NamedTuple):
     """Every B: (out, rank)."""
 
 
+def nothing() -> None:
+    """What a visit is where weights are always there."""
+
+
 class Part:
-    """Linear layers that read the same value."""
+    """Linear layers that read the same value; `visit` is called before their weights are read."""
 
     copies: Copies | None = None
     """Of the adapters, for as long as an optimizer step takes."""
 
-    def __init__(self, prologue: Prologue, *modules: nn.Module):
-        self.prologue, self.linears = prologue, tuple(map(Linear.of, modules))
+    def __init__(self, prologue: Prologue, *modules: nn.Module, visit: Callable[[], None] = nothing):
+        self.prologue, self.linears, self.visit = prologue, tuple(map(Linear.of, modules)), visit
         adapted = [(i, linear) for i, linear in enumerate(self.linears) if linear.down is not None]
         ranks = [len(linear.down) for _, linear in adapted]
         ends = itertools.accumulate(ranks)
@@ -92,6 +96,7 @@ class Part:
 
     def compute(self, residual: Tensor | None, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Outputs, and the value in the adapters' low rank: (tokens, sum of ranks)."""
+        self.visit()
         value = self.prologue.value(*inputs)
         low = value @ self.copies.down.t() if self.places else None
         outputs = tuple(_product(value, linear, residual) for linear in self.linears)
@@ -105,6 +110,7 @@ class Part:
     ) -> tuple[tuple[Tensor | None, ...], list[Tensor]]:
         """Gradients of the inputs (where `wanted`) and of the adapters. `low` as `compute` made it; made again where it
         was not kept."""
+        self.visit()
         of_low, of_adapters = None, []
         if self.places:
             value = self.prologue.value(*inputs)
