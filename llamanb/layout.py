@@ -69,6 +69,10 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     length: int = 0
     """Tokens of the longest row that is planned for."""
+    streamed: tuple[int, ...] = ()
+    """Numbers of the layers whose weights wait in host memory."""
+    streamed_gib: float = 0.0
+    """Host memory that they take."""
     limit_gib: float | None = None
     """What of the card is planned with: `free_gib` less a margin."""
     steps: int | None = None
@@ -107,6 +111,9 @@ class Plan:
             ("layers", "fused" if self.fused else "as transformers and peft have them", "fused"),
             ("optimizer", self.optimizer, "optimizer"),
         ]
+        if self.streamed:
+            what = f"of {len(self.streamed)} of {len(self.layers)} layers in host memory: {self.streamed_gib:.1f} GiB"
+            chosen.append(("weights", what, "weights"))
         rows = [(a, b, self.reasons.get(name, "")) for a, b, name in chosen]
         if self.memory:
             room = f"{self.needs_gib:.2f} of {self._limit_gib:.2f} GiB"
@@ -186,7 +193,7 @@ class Plan:
         fields = json.loads(text)
         fields["recipe"] = Recipe.from_dict(fields["recipe"])
         fields["card"] = Card(**fields["card"])
-        fields["layers"] = tuple(fields["layers"])
+        fields |= {name: tuple(fields[name]) for name in ("layers", "streamed")}
         fields["alternatives"] = tuple(Alternative(**one) for one in fields["alternatives"])
         for name, kind in (("memory", Memory), ("time", StepTime)):
             fields[name] = fields[name] and kind(**fields[name])

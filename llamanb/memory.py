@@ -18,6 +18,7 @@ from llamanb.tape import (
     ADAPT,
     BACKWARD,
     BUCKETS,
+    CHECKPOINTED,
     EMPTIED,
     FORWARD,
     HEAD,
@@ -28,6 +29,7 @@ from llamanb.tape import (
     Tape,
     Workload,
     record,
+    record_load,
     record_steady,
 )
 
@@ -110,6 +112,8 @@ def predict(work: Workload, *, expandable: bool | None = None) -> Memory:
 
 def outline(work: Workload) -> Outline:
     """The outline of a model of any depth, from tapes of at most two layers of each kind and one more."""
+    if work.streamed:
+        return _streamed(work)
     counts = {kind: work.layers.count(kind) for kind in dict.fromkeys(work.layers)}
     few = {kind: min(count, 2) for kind, count in counts.items()}
     base = _outline(_cut(work, _layers(few)))
@@ -127,12 +131,34 @@ def outline(work: Workload) -> Outline:
     return Outline(peaks, written, operations)
 
 
+def _streamed(work: Workload) -> Outline:
+    """The outline with some layers' weights in host memory: the same but for those, and for the buffers."""
+    found = outline(work.replace(streamed=0))
+    none, one, two = (_lasting(_cut(work, (CHECKPOINTED,) * 2).replace(streamed=n)) for n in range(3))
+    for buckets in found.peaks.values():
+        for bucket in buckets:
+            layer = two[bucket] - one[bucket]
+            buckets[bucket] += (work.streamed - 1) * layer + one[bucket] - none[bucket]
+    return found
+
+
+def _lasting(work: Workload) -> dict[str, int]:
+    """Bytes by bucket when adapters are made."""
+    return _load_peaks(work.replace(rows=1, length=1))[ADAPT]
+
+
+@functools.lru_cache(maxsize=16)
+def _load_peaks(work: Workload) -> dict[str, dict[str, int]]:
+    return tape_peaks(record_load(work))
+
+
 def _layers(counts: dict[str, int]) -> tuple[str, ...]:
     return tuple(kind for kind, count in counts.items() for _ in range(count))
 
 
 def _cut(work: Workload, layers: tuple[str, ...]) -> Workload:
-    return work.replace(model=replace(work.model, layers=len(layers)), layers=layers)
+    streamed = round(work.streamed * len(layers) / len(work.layers))
+    return work.replace(model=replace(work.model, layers=len(layers)), layers=layers, streamed=streamed)
 
 
 @functools.lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
 from llamanb.memory import outline
 from llamanb.recipe import Recipe
 from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest
-from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload
+from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload, spread, streamed_bytes
 
 MEASURED_WITH = {
     "torch": "2.11.0",
@@ -105,6 +105,7 @@ def search(recipe: Recipe, card: Card, model: Architecture, *, data=None, force:
             "fused": why_not_fused or "the same numbers in fewer kernels, from half of the activations",
             "micro_batch_size": "as asked" if recipe.micro_batch_size else "the fastest divisor of the effective batch",
             "layers": _why_layers(recipe, best, limit),
+            "weights": _why_streamed(best),
             "attention": why_attention,
             "optimizer": why_optimizer,
         },
@@ -112,6 +113,8 @@ def search(recipe: Recipe, card: Card, model: Architecture, *, data=None, force:
         time=best.time,
         alternatives=tuple(_alternative(one, best, limit) for one in others),
         length=length,
+        streamed=spread(best.work.streamed, model.layers),
+        streamed_gib=best.work.streamed * streamed_bytes(best.work) / GIB,
         limit_gib=limit / GIB,
         steps=steps_of(recipe, data),
         basis=_basis(recipe),
@@ -178,7 +181,8 @@ def workload(
 def workload_of(plan: Plan, model: Architecture) -> Workload:
     """The workload that a plan was made for."""
     same = {name: getattr(plan, name) for name in ("dtype", "kernel", "optimizer", "length", "layers", "fused")}
-    return workload(plan.recipe, plan.card, model, rows=plan.micro_batch_size, **same)
+    made = workload(plan.recipe, plan.card, model, rows=plan.micro_batch_size, **same)
+    return made.replace(streamed=len(plan.streamed))
 
 
 def _alternative(one: Candidate, best: Candidate, limit: float) -> Alternative:
@@ -203,6 +207,16 @@ def _why_layers(recipe: Recipe, best: Candidate, limit: float) -> str:
     if OFFLOADED in best.work.layers:
         return "without that nothing fits"
     return f"recomputing costs time: as few layers as fit {limit / GIB:.2f} GiB"
+
+
+def _why_streamed(best: Candidate) -> str:
+    """What the copies of streamed layers cost."""
+    if not best.time:
+        return "what does not fit the card is brought to it layer by layer"
+    share = best.time.stall_s / best.time.step_s
+    if share < 0.005:
+        return "copies hide behind the layers that are computed"
+    return f"copies take longer than what they hide behind: {share:.0%} of a step; more tokens at once hide more"
 
 
 def _why_not_fused(recipe: Recipe, kernel: str) -> str:

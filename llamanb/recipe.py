@@ -34,6 +34,7 @@ _CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "checkpointing": ("auto", "all", "none", "offloaded"),
     "precision": ("auto", "fp16", "bf16", "fp32"),
+    "weights": ("resident", "streamed"),
 }
 _RANGES = {  # field: (kind, lowest, highest), both ends included
     "rank": (int, 1, 1024),
@@ -146,6 +147,10 @@ class Recipe:
     checkpointing: str = "auto"
     """Activation checkpointing, which recomputes layers in the backward pass to save their memory: `all` layers,
     `none`, `offloaded`: all, with what they start from in host memory, or `auto`: as few as fit; none on a CPU."""
+
+    weights: str = "resident"
+    """Where frozen weights lie: `resident` on the card, or `streamed`: those of as many layers as do not fit wait in
+    host memory, and each is brought to the card shortly before it is computed (GPU, adapters, 4 or 16 bits)."""
 
     precision: str = "auto"
     """Arithmetic: `auto` is bf16 where the GPU has it in hardware, fp16 on older ones such as a T4, fp32 on a CPU."""

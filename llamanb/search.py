@@ -23,6 +23,8 @@ MOST_TOKENS = 65536
 """Tokens of the largest micro-batch that is looked at."""
 MOST_TRIED = 6
 """Micro-batches that are looked at, spread over the divisors of the effective batch."""
+STREAMED_TRIED = 4
+"""Numbers of streamed layers that are looked at, from as few as fit to all."""
 AS_ASKED = {"none": STORED, "all": CHECKPOINTED, "offloaded": OFFLOADED}
 """What becomes of each layer, by a recipe's `checkpointing`; `auto` chooses layer by layer."""
 
@@ -45,8 +47,10 @@ class Candidate:
 def fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[Candidate, list[Candidate]]:
     """The layout to take, and the best of each other micro-batch. The first may exceed the limit: then none fits."""
     found = [
-        _with_fewest_recomputed(recipe, card, _with_rows(recipe, base, rows), limit)
-        for rows in _micro_batches(recipe, base)
+        _with_fewest_streamed(recipe, card, work, limit)
+        if recipe.weights == "streamed" and work.fused
+        else _with_fewest_recomputed(recipe, card, work, limit)
+        for work in (_with_rows(recipe, base, rows) for rows in _micro_batches(recipe, base))
     ]
     fitting = [one for one in found if one.memory.reserved <= limit]
     while fitting:  # gaps were guessed: replay the best, and take it if it still fits
@@ -81,8 +85,10 @@ def _with_rows(recipe: Recipe, base: Workload, rows: int) -> Workload:
 
 
 def smallest(recipe: Recipe, base: Workload) -> Workload:
-    kind = AS_ASKED.get(recipe.checkpointing, OFFLOADED)
-    return _with_rows(recipe, base, recipe.micro_batch_size or 1).replace(layers=(kind,) * len(base.layers))
+    kind, depth = AS_ASKED.get(recipe.checkpointing, OFFLOADED), len(base.layers)
+    streamed = depth if recipe.weights == "streamed" and base.fused else 0
+    work = _with_rows(recipe, base, recipe.micro_batch_size or 1)
+    return work.replace(layers=(kind,) * depth, streamed=streamed)
 
 
 def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: float) -> Candidate:
@@ -90,6 +96,19 @@ def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: f
     if recipe.checkpointing == "auto":
         work = fewest_recomputed(work, lambda one: _guess(one).reserved <= limit)
     return _candidate(work, card, _guess(work))
+
+
+def _with_fewest_streamed(recipe: Recipe, card: Card, work: Workload, limit: float) -> Candidate:
+    """The workload with as few layers streamed as fit when all that may be is recomputed, or the fastest of some with
+    more: what a streamed layer leaves free can keep activations, and its copies may cost nothing."""
+    depth = len(work.layers)
+    least = work.replace(layers=(AS_ASKED.get(recipe.checkpointing, CHECKPOINTED),) * depth)
+    counts = range(depth + 1)
+    first = bisect_left(counts, True, key=lambda n: _guess(least.replace(streamed=n)).reserved <= limit)
+    more = {min(depth, first + (depth - first) * i // (STREAMED_TRIED - 1)) for i in range(STREAMED_TRIED)}
+    return min(
+        (_with_fewest_recomputed(recipe, card, work.replace(streamed=n), limit) for n in sorted(more)), key=_cost
+    )
 
 
 def fewest_recomputed(work: Workload, fits: Callable[[Workload], bool], least: int = 0) -> Workload:

@@ -9,11 +9,12 @@ torch 2.11, transformers 5.23, peft 0.21.2): off by 13 % on average there, by a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamanb.card import Card
 from llamanb.memory import outline
-from llamanb.tape import BYTES, CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
+from llamanb.tape import BYTES, CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload, streamed_bytes
+from llamanb.tape.workload import BUFFERS
 
 READS_PER_WRITE = 2.5
 """Bytes read for each byte an operation writes: a product of two reads twice, a cast once."""
@@ -37,23 +38,29 @@ class StepTime:
     link_s: float = 0.0
     """Copies of offloaded activations."""
     launch_s: float = 0.0
+    stall_s: float = 0.0
+    """Waiting for the weights of streamed layers, where their copies take longer than what they hide behind."""
     measured_s: float | None = None
     """The whole step as a rehearsal found it; comes first."""
 
     @property
     def gpu_s(self) -> float:
-        return self.matrix_s + self.attention_s + self.memory_s + self.link_s
+        return self.matrix_s + self.attention_s + self.memory_s + self.link_s + self.stall_s
 
     @property
     def step_s(self) -> float:
         return max(self.gpu_s, self.launch_s) if self.measured_s is None else self.measured_s
 
 
+def _forward_flops(work: Workload) -> float:
+    """Of one layer's products, forward."""
+    return 2 * work.tokens * (work.model.layer_linear_parameters + _adapters(work))
+
+
 def flops(work: Workload) -> tuple[float, float]:
     """(of matrix products, of attention) for one micro-batch, forward and backward."""
     model, tokens = work.model, work.tokens
-    adapters = _adapters(work)
-    forward = 2 * tokens * (model.layer_linear_parameters + adapters)
+    adapters, forward = _adapters(work), _forward_flops(work)
     backward = forward + 2 * tokens * (model.layer_linear_parameters if work.full else adapters)
     mlp, down = (2 * tokens * model.intermediate * model.hidden * n for n in (2, 1))
     whole = forward - (down if work.fused else 0)  # fused layers leave the last product out
@@ -64,6 +71,21 @@ def flops(work: Workload) -> tuple[float, float]:
     scores = 4 * tokens * work.length * model.q * MASKED_HALF
     attended_again = sum(kind in (CHECKPOINTED, OFFLOADED) for kind in work.layers)
     return matrix, scores * (3.5 * model.layers + attended_again)
+
+
+def _stalls(work: Workload, card: Card, gpu_s: float) -> float:
+    """Seconds of a micro-batch that wait for copies. Forward and backward each hide theirs behind their own work; the
+    layers that are there at a turn are not copied."""
+    if not work.streamed:
+        return 0.0
+    forward = work.model.layers * _forward_flops(work) / flops(work)[0]
+    copies = max(0, work.streamed - BUFFERS) * streamed_bytes(work) / _link(card)
+    return sum(max(0.0, copies - share * gpu_s) for share in (forward, 1 - forward))
+
+
+def _link(card: Card) -> float:
+    """Bytes a second from host memory."""
+    return (card.host_link_gbs or 10) * 1e9
 
 
 def _adapters(work: Workload) -> int:
@@ -83,10 +105,11 @@ def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
     moved += trained * 4 * 7 / accumulation  # Adam reads four, writes three
     offloaded = sum(kind == OFFLOADED for kind in work.layers)
     link = 2 * offloaded * work.tokens * work.model.hidden * BYTES[work.dtype]
-    return StepTime(
+    made = StepTime(
         matrix_s=accumulation * matrix / rate,
         attention_s=accumulation * attention / (rate * ATTENTION_RATE),
         memory_s=accumulation * moved / (card.bandwidth_gbs * 1e9),
-        link_s=accumulation * link / ((card.host_link_gbs or 10) * 1e9),
+        link_s=accumulation * link / _link(card),
         launch_s=accumulation * outlined.operations * LAUNCHES_PER_OPERATION * (card.launch_us or 10) * 1e-6,
     )
+    return replace(made, stall_s=accumulation * _stalls(work, card, made.step_s / accumulation))

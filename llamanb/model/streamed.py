@@ -16,8 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-ALIGNED = 256
-"""Bytes to which each weight begins, as the device's own allocations do."""
+from llamanb.tape.workload import ALIGNED
 
 
 class HostLayer:
@@ -155,12 +154,6 @@ class StreamedLayers:
             events[1].record(stream)
             self.waits.append((events[0], events[1]))
         self.hosts[number].bind(self.hosts[number].views(self.buffers[slot]))
-
-
-def spread(count: int, layers: int) -> tuple[int, ...]:
-    """`count` of the numbers below `layers`, as evenly as can be, the last one among them: so that a copy has as many
-    layers' work as there is to hide behind."""
-    return tuple(n for n in range(layers) if (n + 1) * count // layers > n * count // layers)
 
 
 def _owners(module: nn.Module) -> list[tuple[object, str]]:

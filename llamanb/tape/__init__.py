@@ -33,6 +33,7 @@ from llamanb.tape.workload import (
     Tape,
     Workload,
     mlp_tile,
+    spread,
 )
 
 
@@ -65,6 +66,19 @@ def record_steady(work: Workload) -> Tape:
     return writer.tape
 
 
+def streamed_bytes(work: Workload) -> int:
+    """Of one layer's weights in host memory, and of each buffer on the card."""
+    return Step(work).streamed_bytes
+
+
+def record_load(work: Workload) -> Tape:
+    """The tape of loading and of what lasts, up to the first step."""
+    writer = Step(work)
+    writer.load()
+    writer.tape.mark(STEP)
+    return writer.tape
+
+
 __all__ = [
     "ADAPT",
     "BACKWARD",
@@ -87,5 +101,8 @@ __all__ = [
     "Workload",
     "mlp_tile",
     "record",
+    "record_load",
     "record_steady",
+    "spread",
+    "streamed_bytes",
 ]

@@ -9,8 +9,10 @@ from llamanb.tape.workload import (
     ACTIVATIONS,
     ADAPT,
     ADAPTERS,
+    ALIGNED,
     BACKWARD,
     BLOCK,
+    BUFFERS,
     CHECKPOINTED,
     CONSTANTS,
     EMBEDDINGS,
@@ -33,6 +35,7 @@ from llamanb.tape.workload import (
     STEP,
     STORED,
     WEIGHTS,
+    spread,
 )
 
 
@@ -47,17 +50,23 @@ class Step(DecoderLayer, FusedLayers):
         linear = model.layers * model.layer_linear_parameters
         rest = model.parameters - linear
         unused = -work.blas_workspace % (20 * 2**20)
-        free(
-            new(int(rest * width + linear * per_weight) - unused)
-        )  # transformers asks for all of it, and gives it back
+        if not work.streamed:
+            free(
+                new(int(rest * width + linear * per_weight) - unused)
+            )  # transformers asks for all of it, and gives it back
         for _ in range(1 if model.tied else 2):
             new(width * model.embedding_parameters, EMBEDDINGS)
-        for _ in range(model.layers):
+        streamed = spread(work.streamed, model.layers)
+        for layer in range(model.layers):
             for name in ("down_proj", "gate_proj", "up_proj", "k_proj", "o_proj", "q_proj", "v_proj"):
-                self._load_linear(*self.sides[name], width)
+                kept = self._load_linear(*self.sides[name], width)
+                if layer in streamed:
+                    free(*kept)
             for _ in range(2):
                 new(width * self.hidden, WEIGHTS)
         new(width * self.hidden, WEIGHTS)
+        for _ in range(BUFFERS if streamed else 0):
+            new(self.streamed_bytes, WEIGHTS)
         self.tape.mark(ADAPT)
         adapters = [
             (layer, name, part) for layer in range(model.layers) for name in self.targets for part in "AB"
@@ -75,25 +84,39 @@ class Step(DecoderLayer, FusedLayers):
     def _adapter(self, name: str, part: str) -> int:
         return self.work.rank * self.sides[name][part == "B"]
 
-    def _load_linear(self, inputs: int, outputs: int, width: int) -> None:
+    def _load_linear(self, inputs: int, outputs: int, width: int) -> list[int]:
+        """Returns what stays."""
         size, new, free = inputs * outputs, self.new, self.free
         if self.work.quantization is None:
-            new(width * size, WEIGHTS)
-        elif self.work.quantization == "int8":
+            return [new(width * size, WEIGHTS)]
+        if self.work.quantization == "int8":
             plain = new(width * size)
             as_fp16 = new(2 * size)
-            new(4 * outputs, CONSTANTS)
-            new(size, WEIGHTS)
+            kept = [new(4 * outputs, CONSTANTS), new(size, WEIGHTS)]
             free(as_fp16, plain)
-        else:
-            plain = new(width * size)
-            constants = new(4 * size // BLOCK, CONSTANTS)
-            new(size // 2, WEIGHTS)
-            if self.work.double_quant:
-                shifted = new(4 * size // BLOCK)
-                new(size // BLOCK + 4 * size // BLOCK // STATE_BLOCK, CONSTANTS)
-                free(shifted, constants)
-            free(plain)
+            return kept
+        plain = new(width * size)
+        kept = [new(4 * size // BLOCK, CONSTANTS), new(size // 2, WEIGHTS)]
+        if self.work.double_quant:
+            shifted = new(4 * size // BLOCK)
+            wide, kept[0] = kept[0], new(size // BLOCK + 4 * size // BLOCK // STATE_BLOCK, CONSTANTS)
+            free(shifted, wide)
+        free(plain)
+        return kept
+
+    @property
+    def streamed_bytes(self) -> int:
+        """A layer's linear weights and their constants, one behind the other."""
+        total = 0
+        for inputs, outputs in self.sides.values():
+            size = inputs * outputs
+            pieces = [self.e * size]
+            if self.work.quantization:
+                constants = size // BLOCK
+                nested = [constants, 4 * -(-constants // STATE_BLOCK)]
+                pieces = [size // 2, *(nested if self.work.double_quant else [4 * constants])]
+            total += sum(-(-piece // ALIGNED) * ALIGNED for piece in pieces)
+        return total
 
     def micro_batch(self) -> None:
         if self.work.fused:

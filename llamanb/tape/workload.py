@@ -16,6 +16,8 @@ BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 HEAD_TILE = 512
 """Tokens whose logits exist at once in the loss of fused layers (model/head.py)."""
+BUFFERS, ALIGNED = 2, 256
+"""Buffers on the card that streamed layers take turns in, and bytes to which each weight in them begins."""
 MLP_TILE = 4096
 """Tokens at once at most in the MLP of a fused layer that is recomputed: beyond, gate and up would be the peak."""
 LOSS_ROWS, LOSS_COLUMNS = 4096, 32768
@@ -69,6 +71,8 @@ class Workload:
     """Tokens of a micro-batch that the loss is taken on; None: all of them, the most there can be."""
     blas_workspace: int = 2 * 8_519_680
     """Bytes that cuBLAS holds, once for the forward's thread and once for the backward's."""
+    streamed: int = 0
+    """Layers whose weights lie in host memory (model/streamed.py), spread over all of them."""
 
     @property
     def tokens(self) -> int:
@@ -76,6 +80,12 @@ class Workload:
 
     def replace(self, **changes) -> Workload:
         return replace(self, **changes)
+
+
+def spread(count: int, layers: int) -> tuple[int, ...]:
+    """`count` of the numbers below `layers`, as evenly as can be, the last one among them: so that a copy has as many
+    layers' work as there is to hide behind."""
+    return tuple(n for n in range(layers) if (n + 1) * count // layers > n * count // layers)
 
 
 def mlp_tile(tokens: int) -> int:
