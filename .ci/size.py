@@ -30,6 +30,8 @@ REPLAY = ("tape/", "allocator.py")
 """What memory.py predicts from; stands by itself, and is counted apart (docs/decisions/0007)."""
 FUSED = ("model/fused.py", "model/products.py", "model/kernels.py", "model/elementwise.py", "model/head.py")
 """What computes the numbers of transformers' layers and trl's loss faster; the same (docs/decisions/0011)."""
+STREAMED = ("model/streamed.py", "model/piecewise.py")
+"""What brings weights to the card that wait in host memory; the same (docs/decisions/0019)."""
 IDLE = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -58,7 +60,12 @@ def main() -> int:
         mark = f"  over {MODULE_LIMIT}" if size > MODULE_LIMIT else ""
         print(f"{size:6d}  {path.relative_to(PACKAGE.parent)}{mark}")
     total = sum(sizes.values())
-    groups = {"extras": EXTRAS, "the replay that memory is predicted from": REPLAY, "fused layers": FUSED}
+    groups = {
+        "extras": EXTRAS,
+        "the replay that memory is predicted from": REPLAY,
+        "fused layers": FUSED,
+        "streamed layers": STREAMED,
+    }
     apart = {
         name: sum(size for path, size in sizes.items() if path.relative_to(PACKAGE).as_posix().startswith(group))
         for name, group in groups.items()

@@ -37,6 +37,9 @@ def does_not_fit(plan: Plan, model: Architecture, *, rehearsed: bool = False) ->
     what += f"{plan.limit_gib:.2f} to plan with"
     why = f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, the largest part of it "
     why += f"{bucket}: {memory.buckets[bucket] / GIB:.2f} GiB"
+    if len(plan.streamed) < len(plan.layers) and recipe.weights == "streamed" and card.host_gib is not None:
+        why += f"; {card.host_gib:.1f} GiB of host memory have room for the weights of {len(plan.streamed)} of "
+        why += f"{len(plan.layers)} layers"
     taken = card.vram_gib - card.free_gib - (card.context_gib or CONTEXT_GIB)
     if taken > TAKEN * card.vram_gib:
         why += f"; {taken:.2f} of the card's {card.vram_gib:.2f} GiB were taken before"
@@ -137,7 +140,7 @@ def _smaller_model(recipe: Recipe, card: Card, model: Architecture) -> Plan | No
 def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
     larger = sorted((one for one in KNOWN.values() if one.vram_gib > card.vram_gib), key=lambda one: one.vram_gib)
     able = (one for one in larger if one.runs_default_torch and (recipe.precision != "bf16" or one.dtype == "bf16"))
-    return _first((recipe, one, model) for one in able)
+    return _first((recipe, replace(one, host_gib=card.host_gib), model) for one in able)
 
 
 def trainable(card: Card | str | None = None) -> Table:

@@ -132,6 +132,8 @@ class Card:
     """GB/s (1e9 bytes) of its memory."""
     host_link_gbs: float | None = None
     """GB/s from pinned host memory to it."""
+    host_gib: float | None = None
+    """Free memory of the machine that it is in, for weights that are streamed; None: as much as it takes."""
     launch_us: float | None = None
     """Microseconds that Python and torch take to launch one operation."""
     pages: bool = True

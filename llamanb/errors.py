@@ -109,5 +109,9 @@ class DiskFullError(LlamanbError):
     """Not enough room on disk."""
 
 
+class HostMemoryError(LlamanbError):
+    """Not enough host memory."""
+
+
 class GpuError(LlamanbError):
     """The GPU or its driver cannot do what was asked."""

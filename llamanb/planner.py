@@ -12,6 +12,7 @@ from llamanb.card import Card
 from llamanb.errors import LlamanbError, RecipeError
 from llamanb.html import Table
 from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
+from llamanb.machine import host_memory
 from llamanb.memory import outline
 from llamanb.recipe import Recipe
 from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest
@@ -30,6 +31,8 @@ MARGIN, MARGIN_ELSEWHERE, MARGIN_REHEARSED = 0.04, 0.10, 0.02
 MARGIN_DORA = 0.10
 """More for DoRA, whose magnitudes widen what flows between layers to fp32: it is planned for as fp32, which was 8 %
 less than three layers of 1B took."""
+HOST_GIB = 2.0
+"""Host memory that a training takes beside streamed weights."""
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU."""
 
@@ -46,7 +49,9 @@ class DoesNotFitError(LlamanbError):
         return tuple(piece for piece in (self.changes if self.changes.rows else None, self.plan.bar()) if piece)
 
 
-def plan(recipe: Recipe, card: Card | str | None = None, data=None, *, force: bool = False) -> Plan:
+def plan(
+    recipe: Recipe, card: Card | str | None = None, data=None, *, force: bool = False, host_gib: float | None = None
+) -> Plan:
     """How `recipe` runs on `card`, with what it takes.
 
     Args:
@@ -54,6 +59,8 @@ def plan(recipe: Recipe, card: Card | str | None = None, data=None, *, force: bo
         card: a Card, the name of a known one ("T4"), or None: the GPU or CPU of this machine.
         data: what `load_data(recipe)` gave; the plan is then made for its longest row and counts its steps.
         force: return the plan that comes closest where none is predicted to fit, however long the rows.
+        host_gib: host memory that is free, for weights that are streamed; None: this machine's where the card is this
+            machine's, and else as much as it takes.
 
     Raises:
         DoesNotFitError: with the smallest changes that would fit.
@@ -61,7 +68,10 @@ def plan(recipe: Recipe, card: Card | str | None = None, data=None, *, force: bo
         RecipeError: rows longer than the model's positions.
         ModelError: no such model, or one that is no Llama.
     """
+    if card is None and host_gib is None:
+        host_gib = min(host_memory()[1:])
     card = Card.known(card) if isinstance(card, str) else card or Card.here()
+    card = card if host_gib is None else replace(card, host_gib=host_gib)
     model = architecture(recipe.model, recipe.revision)
     require_method(model, recipe)
     if _length(recipe, data) > model.max_positions and not force:
@@ -73,8 +83,16 @@ def plan(recipe: Recipe, card: Card | str | None = None, data=None, *, force: bo
     return search(recipe, card, model, data=data, force=force)
 
 
-def search(recipe: Recipe, card: Card, model: Architecture, *, data=None, force: bool = False) -> Plan:
-    """`plan` for a GPU and a model whose shape is known."""
+def search(
+    recipe: Recipe,
+    card: Card,
+    model: Architecture,
+    *,
+    data=None,
+    force: bool = False,
+    streamed: int = 0,
+) -> Plan:
+    """`plan` for a GPU and a model whose shape is known; so many layers `streamed`, where the recipe streams none."""
     dtype, why_dtype = card.choose_precision(recipe.precision)
     length = _length(recipe, data)
     attention, kernel, why_attention = _attention(card, dtype)
@@ -84,10 +102,11 @@ def search(recipe: Recipe, card: Card, model: Architecture, *, data=None, force:
         kernel = "flash"  # rows that lie one behind the other, none padded, are no work for cuDNN's here
     base = workload(
         recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=length, fused=not why_not_fused
-    )
+    ).replace(streamed=streamed)
     limit = _limit(recipe, card)
     timed = replace(card, tflops=None) if recipe.dora else card  # fp32 in the plan's memory, not in its arithmetic
-    best, others = fastest(recipe, timed, base, limit)
+    host = math.inf if card.host_gib is None else (card.host_gib - HOST_GIB) * GIB
+    best, others = fastest(recipe, timed, base, limit, host)
     rows = best.work.rows
     made = Plan(
         recipe=recipe,

@@ -197,6 +197,12 @@ class Recipe:
                 "each optimizer step adds up whole micro-batches",
                 f"micro_batch_size = {fits}, or None to let the plan choose",
             )
+        if self.weights == "streamed" and (self.quantization not in ("nf4", "fp4") or self.dropout or self.dora):
+            raise RecipeError(
+                "weights = 'streamed' is for adapters over 4-bit weights, without dropout and DoRA",
+                "those are computed by fused layers, which know when each weight is read",
+                "method = 'qlora-nf4', dropout = 0, dora = False; or weights = 'resident'",
+            )
         if self.method == "full" and (self.dora or self.rslora):
             raise RecipeError(
                 "dora and rslora need adapters, and method = 'full' has none",

@@ -20,7 +20,7 @@ from pathlib import Path
 from llamanb.advice import does_not_fit
 from llamanb.architecture import Architecture, architecture
 from llamanb.card import Card
-from llamanb.errors import GpuError
+from llamanb.errors import GpuError, RecipeError
 from llamanb.layout import GIB, Plan
 from llamanb.memory import SEEN, Memory, outline, predict, segments_grow
 from llamanb.planner import MARGIN_REHEARSED, workload_of
@@ -60,6 +60,9 @@ def rehearse(plan: Plan) -> Plan:
     card = plan.card
     if not card.is_gpu:
         raise GpuError("nothing to rehearse", "the plan is for a CPU, and predicts no memory", "plan for a GPU")
+    if plan.streamed:
+        why, fix = "trials hold all of their layers on the card", "train: the first steps show what they take"
+        raise RecipeError("a plan that streams weights cannot be rehearsed", why, fix)
     _require_gpu(card)
     shape = architecture(plan.recipe.model, plan.recipe.revision)
     work = workload_of(plan, shape)

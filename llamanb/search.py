@@ -7,6 +7,7 @@ so for each micro-batch the fewest recomputed layers that fit are looked for, an
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from llamanb.card import Card
 from llamanb.memory import Memory, outline, predict
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime, step_time
-from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
+from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload, streamed_bytes
 
 GAPS_GUESS, GAPS_LEAST = 0.02, 96 * 2**20
 """Share of the allocated memory, and bytes, taken for gaps while searching; the layout chosen is replayed."""
@@ -44,10 +45,19 @@ class Candidate:
         return recomputed_steps(self.work)
 
 
-def fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[Candidate, list[Candidate]]:
-    """The layout to take, and the best of each other micro-batch. The first may exceed the limit: then none fits."""
+def fastest(
+    recipe: Recipe, card: Card, base: Workload, limit: float, host: float = math.inf
+) -> tuple[Candidate, list[Candidate]]:
+    """The layout to take, and the best of each other micro-batch. The first may exceed the limit: then none fits.
+
+    Args:
+        limit: bytes of the card to plan with.
+        host: bytes of host memory that streamed weights may take.
+    """
+    room = len(base.layers) if host == math.inf else int(max(0.0, host) / streamed_bytes(base))
+    room = min(room, len(base.layers))
     found = [
-        _with_fewest_streamed(recipe, card, work, limit)
+        _with_fewest_streamed(recipe, card, work, limit, room)
         if recipe.weights == "streamed" and work.fused
         else _with_fewest_recomputed(recipe, card, work, limit)
         for work in (_with_rows(recipe, base, rows) for rows in _micro_batches(recipe, base))
@@ -65,7 +75,7 @@ def fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[C
         last = _replayed(last, card, limit, recipe)
         if last.memory.reserved <= limit:
             return last, found[:-1]
-    least = smallest(recipe, base)
+    least = smallest(recipe, base, room)
     return _candidate(least, card, predict(least)), found
 
 
@@ -84,9 +94,11 @@ def _with_rows(recipe: Recipe, base: Workload, rows: int) -> Workload:
     return base.replace(rows=rows, accumulation=recipe.effective_batch_size // rows)
 
 
-def smallest(recipe: Recipe, base: Workload) -> Workload:
+def smallest(recipe: Recipe, base: Workload, room: int | None = None) -> Workload:
+    """The layout that takes least; `room`: as many layers as host memory can hold the weights of."""
     kind, depth = AS_ASKED.get(recipe.checkpointing, OFFLOADED), len(base.layers)
-    streamed = depth if recipe.weights == "streamed" and base.fused else 0
+    room = depth if room is None else room
+    streamed = room if recipe.weights == "streamed" and base.fused else base.streamed
     work = _with_rows(recipe, base, recipe.micro_batch_size or 1)
     return work.replace(layers=(kind,) * depth, streamed=streamed)
 
@@ -98,14 +110,14 @@ def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: f
     return _candidate(work, card, _guess(work))
 
 
-def _with_fewest_streamed(recipe: Recipe, card: Card, work: Workload, limit: float) -> Candidate:
+def _with_fewest_streamed(recipe: Recipe, card: Card, work: Workload, limit: float, room: int) -> Candidate:
     """The workload with as few layers streamed as fit when all that may be is recomputed, or the fastest of some with
     more: what a streamed layer leaves free can keep activations, and its copies may cost nothing."""
     depth = len(work.layers)
     least = work.replace(layers=(AS_ASKED.get(recipe.checkpointing, CHECKPOINTED),) * depth)
-    counts = range(depth + 1)
+    counts = range(room)  # all of what there is room for, where nothing less fits
     first = bisect_left(counts, True, key=lambda n: _guess(least.replace(streamed=n)).reserved <= limit)
-    more = {min(depth, first + (depth - first) * i // (STREAMED_TRIED - 1)) for i in range(STREAMED_TRIED)}
+    more = {first + (room - first) * i // (STREAMED_TRIED - 1) for i in range(STREAMED_TRIED)}
     return min(
         (_with_fewest_recomputed(recipe, card, work.replace(streamed=n), limit) for n in sorted(more)), key=_cost
     )

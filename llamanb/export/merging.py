@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llamanb import __version__
-from llamanb.errors import DiskFullError, LlamanbError, ModelError, RecipeError
+from llamanb.errors import DiskFullError, HostMemoryError, ModelError, RecipeError
 from llamanb.export.adapter import CONFIG, Parts
 from llamanb.export.describe import write_small_files
 from llamanb.export.read import read_rows
@@ -20,11 +20,6 @@ from llamanb.export.stored import header
 from llamanb.machine import GIB, host_memory
 from llamanb.run import Run
 from llamanb.training.checkpoints import lock
-
-
-class HostMemoryError(LlamanbError):
-    """Not enough host memory."""
-
 
 BASES = {
     "trained": "the weights that it was trained on",

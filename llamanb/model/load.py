@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
@@ -36,23 +40,25 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreT
     recipe = plan.recipe
     attention.register()
     if shape is None:
-        folder, state = hub.checkpoint_folder(recipe.model, recipe.revision), None
+        folder = hub.checkpoint_folder(recipe.model, recipe.revision)
         config = AutoConfig.from_pretrained(folder)
     else:
         folder, config = None, _config(shape)
-        # What is made on the GPU leaves pieces there, which only segments that grow give back; a checkpoint leaves none
-        state = _random_state(config, weights_dtype(plan), "cuda" if plan.card.is_gpu and segments_grow() else "cpu")
+    quantization = _quantization(recipe, config, DTYPES[plan.dtype])
     try:
-        model = LlamaForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            state_dict=state,
-            dtype=weights_dtype(plan),  # never "auto": Llama's checkpoints say bf16, which a T4 only emulates
-            quantization_config=_quantization(recipe, config, DTYPES[plan.dtype]),
-            device_map={"": torch.cuda.current_device() if plan.card.is_gpu else "cpu"},
-            attn_implementation=plan.attention,
-            use_safetensors=True,
-        )
+        if plan.streamed:
+            model = _streamed(plan, config, folder)
+        else:
+            model = LlamaForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                state_dict=_random_state(plan, config) if shape else None,
+                dtype=weights_dtype(plan),  # never "auto": Llama's checkpoints say bf16, which a T4 only emulates
+                quantization_config=quantization,
+                device_map={"": torch.cuda.current_device() if plan.card.is_gpu else "cpu"},
+                attn_implementation=plan.attention,
+                use_safetensors=True,
+            )
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -79,6 +85,9 @@ def attach_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """New LoRA adapters in fp32 on the recipe's layers; the same seed gives the same adapters."""
     torch.manual_seed(recipe.seed)
     adapted = get_peft_model(model, lora_config(recipe))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # peft puts them where the weights are, which may be the host's memory
+            parameter.data = parameter.data.to(model.device)
     # What a person needs to find the base again is its name, not where this machine keeps it
     adapted.peft_config["default"].base_model_name_or_path = recipe.model
     adapted.peft_config["default"].revision = recipe.revision
@@ -125,22 +134,43 @@ def _config(shape: Architecture) -> LlamaConfig:
     )
 
 
-def _random_state(config: LlamaConfig, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Random weights by name. What is in them changes neither memory nor, as long as it is not zeros, speed; but for
-    int8, whose memory grows with outliers: gate and up are so wide that every column of their product has one."""
+def _streamed(plan: Plan, config: LlamaConfig, folder: Path | None) -> LlamaForCausalLM:
+    """With the weights of the plan's streamed layers in host memory; random ones where there is no folder."""
+    from llamanb.model.piecewise import files, load_piecewise
+
+    device = torch.device("cuda", torch.cuda.current_device()) if plan.card.is_gpu else torch.device("cpu")
+    read, stored = files(folder) if folder else random_weights(config, DTYPES[plan.dtype], device)
+    where = {"streamed": plan.streamed, "dtype": DTYPES[plan.dtype], "device": device, "attention": plan.attention}
+    return load_piecewise(config, plan.recipe, read, stored, **where)
+
+
+def random_weights(
+    config: LlamaConfig, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Callable[[str], torch.Tensor], frozenset[str]]:
+    """Random weights, each made when it is asked for by its name, and their names. What is in them changes neither
+    memory nor, as long as it is not zeros, speed; but for int8, whose memory grows with outliers: gate and up are so
+    wide that every column of their product has one."""
     with torch.device("meta"):
         names = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     numbers = torch.randn(REPEATED, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    state = {}
-    for name in sorted(names.keys() - tied):
-        state[name] = made = torch.ones(names[name], device=device, dtype=dtype)
+
+    def make(name: str) -> torch.Tensor:
+        made = torch.ones(names[name], device=device, dtype=dtype)
         if made.dim() > 1:
-            numbers = numbers.roll(1_000_003)  # no two weights alike
+            rolled = numbers.roll(zlib.crc32(name.encode()) % REPEATED)  # no two weights alike
             for part in made.view(-1).split(REPEATED):
-                part.copy_(numbers[: len(part)])
+                part.copy_(rolled[: len(part)])
             made *= 0.06 if "gate_proj" in name or "up_proj" in name else 0.02
-    return state
+        return made
+
+    return make, frozenset(names.keys() - tied)
+
+
+def _random_state(plan: Plan, config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """Made on the GPU it leaves pieces there, which only segments that grow give back; a checkpoint leaves none."""
+    make, names = random_weights(config, weights_dtype(plan), "cuda" if plan.card.is_gpu and segments_grow() else "cpu")
+    return {name: make(name) for name in sorted(names)}
 
 
 def _quantization(recipe: Recipe, config, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

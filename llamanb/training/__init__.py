@@ -12,10 +12,10 @@ from pathlib import Path
 
 from llamanb import __version__, hub
 from llamanb.data import TrainingData, load_data
-from llamanb.errors import RecipeError
+from llamanb.errors import HostMemoryError, RecipeError
 from llamanb.layout import Plan
-from llamanb.machine import surroundings
-from llamanb.planner import steps_of
+from llamanb.machine import host_memory, surroundings
+from llamanb.planner import HOST_GIB, steps_of
 from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
 from llamanb.timeline import Timeline, replace_text
 from llamanb.training.checkpoints import lock, step_of
@@ -63,11 +63,13 @@ def train(
 
     Raises:
         RecipeError: the newest run of that name is unfinished and of another recipe; says what differs.
+        HostMemoryError: the weights of streamed layers have no room there.
         OutOfMemoryError: the GPU's memory was not enough; says what took it, and what would fit.
         NotFiniteError: the numbers stayed other than finite; says since when, and what may help.
         LlamanbError: for whatever else a person can mend: rows, model, network, disk, GPU.
     """
     _require_reporter(report_to)
+    _require_host_memory(plan)
     with contextlib.ExitStack() as held:
         if second_home:
             second_home = Path(second_home).expanduser().absolute()
@@ -255,6 +257,18 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
         print(scene.run.scores.verdict, flush=True)
     scene.run = scene.run.replace(status=status)
     scene.run.save()
+
+
+def _require_host_memory(plan: Plan) -> None:
+    """Raises HostMemoryError where the weights of streamed layers have no room, before anything is fetched."""
+    _, available, limit = host_memory()
+    need, free = plan.streamed_gib + HOST_GIB, min(available, limit)
+    if plan.streamed and need > free:
+        raise HostMemoryError(
+            f"there is too little host memory for the weights of {len(plan.streamed)} layers",
+            f"they take {plan.streamed_gib:.1f} GiB there, and {HOST_GIB:g} more to work with; {free:.1f} are free",
+            "end other programs; a machine with more memory; a smaller model; or a card that holds more of the layers",
+        )
 
 
 def _require_reporter(report_to: str) -> None:

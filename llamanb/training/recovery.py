@@ -42,7 +42,10 @@ def smaller(plan: Plan) -> Plan | None:
         return _with(plan, 1, least) if plan.layers != least else None
     takes = predict(workload_of(plan, shape)).reserved / GIB
     free = recipe.replace(max_length=plan.length, micro_batch_size=None, checkpointing="auto")
-    found = search(free, replace(plan.card, free_gib=SMALLER * takes), shape, force=True)
+    if plan.streamed:  # what is loaded stays where it is
+        free = free.replace(weights="resident")
+    card = replace(plan.card, free_gib=SMALLER * takes)
+    found = search(free, card, shape, force=True, streamed=len(plan.streamed))
     if found.needs_gib >= takes:
         return None
     return _with(plan, found.micro_batch_size, found.layers).replace(memory=found.memory, time=found.time)

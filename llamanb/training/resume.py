@@ -24,7 +24,7 @@ LONGER = {"steps", "epochs"}
 CADENCE = {"stop_after_min", "checkpoint_every_min", "checkpoint_every_steps"}
 RAN_OUT = "ran out of memory"
 """Begins the reason of a plan's layers where it took the place of another in the middle of a run."""
-FREE = LONGER | CADENCE | {"micro_batch_size", "checkpointing"}
+FREE = LONGER | CADENCE | {"micro_batch_size", "checkpointing", "weights"}
 """Fields that decide neither what is trained nor on what: a run may go on with others."""
 
 

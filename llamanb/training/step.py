@@ -67,7 +67,8 @@ class StepTrainer(SFTTrainer):
                 lay_out(self.model, plan.layers)
                 self.slow = f"not fused: {why_not}"
             else:
-                self.fused = FusedDecoder(self.model, plan.layers, plan.kernel)
+                streamed = getattr(self.model.get_base_model(), "streamed", None) if plan.streamed else None
+                self.fused = FusedDecoder(self.model, plan.layers, plan.kernel, streamed)
                 if plan.card.is_gpu and Fast.why_not:
                     self.slow = f"fused, but without kernels: {Fast.why_not}"
 

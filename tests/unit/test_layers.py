@@ -178,5 +178,11 @@ def test_only_the_optimizer_step_knows_fused_layers():
         assert users <= {f"model/{user}" for user in ("fused", "products", "head", "elementwise")} | {"training/step"}
 
 
+def test_only_loading_and_fused_layers_know_streamed_ones():
+    """They are counted apart too (docs/decisions/0019)."""
+    assert _uses("llamanb.model.streamed") == {"model/fused", "model/piecewise"}
+    assert _uses("llamanb.model.piecewise") == {"model/load"}
+
+
 def test_no_file_a_reader_would_dread():
     assert [f"{path}: {n}" for path in FILES if (n := len(path.read_text().splitlines())) > 400] == []

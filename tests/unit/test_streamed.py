@@ -6,8 +6,8 @@ import torch
 
 from llamanb.model.fused import FusedDecoder
 from llamanb.model.head import head_loss
-from llamanb.model.streamed import HostLayer, StreamedLayers, spread
-from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
+from llamanb.model.streamed import HostLayer, StreamedLayers
+from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, spread
 from tests.unit.small_llama import tiny
 from tests.unit.test_fused import gradients, rows_of
 

@@ -1,0 +1,125 @@
+"""Plans whose weights wait in host memory: what the card then holds, how long copies take, and how many layers wait."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from llamanb import Card, Recipe, plan
+from llamanb.architecture import architecture
+from llamanb.errors import HostMemoryError, RecipeError
+from llamanb.memory import outline, tape_peaks
+from llamanb.planner import HOST_GIB, DoesNotFitError, workload, workload_of
+from llamanb.rehearsal import rehearse
+from llamanb.speed import step_time
+from llamanb.tape import CHECKPOINTED, HALVED, LOAD, STORED, record_steady, spread, streamed_bytes
+from llamanb.tape.workload import BUFFERS
+from llamanb.training import train
+
+EIGHT, SEVENTY = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-Instruct"
+
+
+def streamed(model=SEVENTY, **more):
+    return Recipe(**{"model": model, "max_length": 2048, "weights": "streamed", **more})
+
+
+def work(depth=6, layers=None, **more):
+    shape = dataclasses.replace(architecture(EIGHT), layers=depth)
+    recipe, card = streamed(EIGHT), Card.known("RTX 4090")
+    made = workload(recipe, card, shape, dtype="bf16", kernel="flash", optimizer="adamw_8bit", length=512, fused=True)
+    return made.replace(layers=layers or (CHECKPOINTED,) * depth, **more)
+
+
+@pytest.mark.parametrize("layers", [None, (STORED,) * 6, (HALVED, HALVED, CHECKPOINTED, STORED, STORED, STORED)])
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_an_outline_is_what_a_whole_tape_comes_to(layers, count):
+    """Carried on from two layers, without the load's: which is a little less than what is told."""
+    one = work(layers=layers, streamed=count)
+    found, whole = outline(one).peaks, tape_peaks(record_steady(one))
+    assert found.keys() == whole.keys()
+    for instant in whole:
+        if instant == LOAD:
+            assert sum(found[LOAD].values()) == pytest.approx(sum(whole[LOAD].values()), rel=0.15)
+        else:
+            assert found[instant] == whole[instant], instant
+
+
+def test_each_streamed_layer_takes_its_weights_off_the_card():
+    sizes = [outline(work(streamed=count)).allocated for count in range(7)]
+    layer, buffers = sizes[1] - sizes[2], BUFFERS * streamed_bytes(work())
+    assert layer == pytest.approx(streamed_bytes(work()), rel=0.001)
+    assert sizes[1] - sizes[0] == pytest.approx(buffers - layer, rel=0.001)
+    assert [a - b for a, b in itertools.pairwise(sizes[1:])] == [layer] * 5
+
+
+def test_a_layer_of_8b_is_what_bitsandbytes_makes_of_it():
+    """218 million weights at half a byte, a constant byte for 64 of them, four bytes for 256 of those."""
+    weights = architecture(EIGHT).layer_linear_parameters
+    assert streamed_bytes(work()) == pytest.approx(weights * (1 / 2 + 1 / 64 + 4 / 64 / 256), rel=1e-4)
+
+
+def test_copies_that_take_longer_than_the_layers_are_waited_for():
+    card = dataclasses.replace(Card.known("RTX 4090"), host_link_gbs=25.0)
+    one, free = work(32, streamed=32), work(32)
+    fast, slow = (dataclasses.replace(card, host_link_gbs=link) for link in (1000.0, 2.5))
+    assert step_time(one, fast, 1).stall_s == 0
+    resident, waits = step_time(free, slow, 1), step_time(one, slow, 1)
+    copies = 2 * (32 - BUFFERS) * streamed_bytes(one) / 2.5e9
+    assert waits.stall_s == pytest.approx(copies - resident.step_s, rel=0.01), "both ways are all copies"
+    assert waits.step_s == pytest.approx(copies, rel=0.01)
+    tokens = [
+        step_time(work(32, streamed=32, rows=rows), dataclasses.replace(card, host_link_gbs=8.0), 1).stall_s
+        for rows in (1, 4, 16)
+    ]
+    assert tokens[0] > tokens[1] > tokens[2] == 0, "more tokens hide more"
+
+
+@pytest.mark.parametrize(
+    ("card", "host_gib", "least"), [("RTX 4090", 64, 60), ("T4", 32, 60), ("T4", 64, 70), ("RTX 3060", 64, 70)]
+)
+def test_70b_on_one_card(card, host_gib, least):
+    made = plan(streamed(rank=8), card, host_gib=host_gib)
+    assert made.fits
+    assert len(made.streamed) >= least
+    assert made.streamed_gib <= host_gib - HOST_GIB
+    assert made.streamed == spread(len(made.streamed), 80)
+    assert workload_of(made, architecture(SEVENTY)).streamed == len(made.streamed)
+
+
+def test_where_the_host_has_too_little_memory_the_error_says_how_many_layers_it_has_room_for():
+    """Colab's 12.7 GB."""
+    with pytest.raises(DoesNotFitError, match=r"12\.7 GiB of host memory have room for .* 26 of 80") as caught:
+        plan(streamed(rank=8), "T4", host_gib=12.7)
+    assert "Llama-3.1-8B" in caught.value.fix
+
+
+def test_nothing_is_streamed_that_fits_unless_it_is_faster():
+    assert plan(streamed(EIGHT), "H200").streamed == ()
+    assert plan(Recipe(model=EIGHT, max_length=2048), "T4").streamed == ()
+
+
+def test_streaming_more_can_keep_more_activations():
+    """A 12 GB card recomputes where all weights stay, and does not where some wait."""
+    recipe = streamed(EIGHT)
+    resident, made = (plan(recipe.replace(weights=weights), "RTX 3060") for weights in ("resident", "streamed"))
+    assert made.recomputed < resident.recomputed
+    assert made.step_s < resident.step_s
+
+
+def test_a_slow_link_is_named():
+    card = dataclasses.replace(Card.known("T4"), host_link_gbs=0.5)
+    assert "copies take longer" in plan(streamed(rank=8), card).reasons["weights"]
+    assert "copies hide" in plan(streamed(rank=8), "T4").reasons["weights"]
+
+
+def test_a_training_that_has_no_host_memory_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    made = plan(streamed("tiny", max_length=128), Card("CPU", None)).replace(streamed=(0,), streamed_gib=9.0)
+    monkeypatch.setattr("llamanb.training.host_memory", lambda: (16.0, 8.0, 12.0))
+    with pytest.raises(HostMemoryError, match=r"9\.0 GiB there, and 2 more to work with; 8\.0 are free"):
+        train(made, runs=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_cannot_be_rehearsed():
+    with pytest.raises(RecipeError, match="cannot be rehearsed"):
+        rehearse(plan(streamed(), "RTX 4090"))

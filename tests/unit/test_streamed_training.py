@@ -1,0 +1,110 @@
+"""Whole trainings with layers whose weights wait in host memory: to the bit what resident ones give."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+from llamanb import Card, Recipe, load_adapter, merge, plan, show_run, train
+from llamanb.errors import ModelError, RecipeError
+from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
+from llamanb.tiny import CHECKPOINT, DEFAULTS
+
+CPU = Card("CPU", None)
+LAYERS = (OFFLOADED, CHECKPOINTED, HALVED, STORED)
+
+
+def recipe(**more):
+    return Recipe(**{**DEFAULTS, "eval_rows": 4, "steps": 4, "weights": "streamed", **more})
+
+
+def laid_out(recipe, streamed=()):
+    """A plan as a GPU would have it, for this CPU."""
+    return plan(recipe, CPU).replace(fused=True, layers=LAYERS, streamed=streamed)
+
+
+def trained(runs, recipe, streamed=(), **more):
+    return train(laid_out(recipe, streamed), runs=runs, **more)
+
+
+@pytest.fixture(scope="module")
+def resident(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("resident"), recipe())
+
+
+def assert_same(run, right):
+    assert run.losses == right.losses
+    assert run.scores.after == right.scores.after
+    got, wanted = (load_file(one.saved / "adapter_model.safetensors") for one in (run, right))
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("streamed", [(0, 1, 2, 3), (1, 3)])
+def test_losses_scores_and_adapter_are_those_of_resident_weights(resident, tmp_path, streamed):
+    run = trained(tmp_path, recipe(), streamed)
+    assert_same(run, resident)
+    assert run.plan.streamed == streamed
+    assert show_run(run.folder).plan == run.plan
+
+
+def test_the_adapter_loads_and_merges_as_any_other(tmp_path, resident):
+    run = trained(tmp_path, recipe(), (0, 1, 2, 3))
+    model, _ = load_adapter(run.folder)
+    assert not hasattr(model.get_base_model(), "streamed"), "a CPU holds all of it"
+    merged, right = merge(run), merge(resident)
+    assert (merged / "model.safetensors").read_bytes() == (right / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_was_cut_off_goes_on(resident, tmp_path):
+    short = recipe(steps=4, checkpoint_every_steps=2)
+    run = trained(tmp_path, short.replace(steps=2), (0, 1, 2, 3))
+    assert len(run.losses) == 2
+    again = trained(tmp_path, short, (1, 3), resume=True)
+    assert len(again.losses) == 4
+    assert again.losses[:2] == run.losses
+
+
+def test_a_checkpoint_that_is_in_4_bits_already(tmp_path):
+    made = LlamaForCausalLM.from_pretrained(
+        CHECKPOINT,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+        device_map={"": "cpu"},
+    )
+    folder = tmp_path / "bits"
+    made.save_pretrained(folder)
+    for file in CHECKPOINT.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    for file in CHECKPOINT.glob("chat_template*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    runs = [trained(tmp_path / "runs", recipe(model=str(folder)), streamed) for streamed in ((), (0, 1, 2, 3))]
+    assert_same(*runs)
+
+
+def test_a_weight_that_is_not_there_is_named(tmp_path):
+    for file in CHECKPOINT.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.up_proj\.weight is not among"):
+        trained(tmp_path / "runs", recipe(model=str(tmp_path)), (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("more", [{"method": "lora"}, {"method": "qlora-int8"}, {"dropout": 0.1}, {"dora": True}])
+def test_what_cannot_be_streamed_is_refused_before_anything_is_read(more):
+    with pytest.raises(RecipeError, match="weights = 'streamed' is for adapters over 4-bit"):
+        recipe(**more)
+
+
+def test_a_plan_for_a_gpu_says_what_waits_in_host_memory():
+    made = plan(Recipe(model="meta-llama/Llama-3.3-70B-Instruct", max_length=2048, weights="streamed"), "RTX 4090")
+    assert made.fits
+    assert len(made.streamed) == 80
+    assert made.streamed_gib == pytest.approx(33, abs=1)
+    assert "of 80 of 80 layers in host memory" in str(made)
+    assert json.loads(made.to_json())["streamed"] == list(range(80))
