@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -136,12 +137,19 @@ def _config(shape: Architecture) -> LlamaConfig:
 
 def _streamed(plan: Plan, config: LlamaConfig, folder: Path | None) -> LlamaForCausalLM:
     """With the weights of the plan's streamed layers in host memory; random ones where there is no folder."""
-    from llamanb.model.piecewise import files, load_piecewise
+    from llamanb.model.piecewise import load_piecewise, quantized
 
     device = torch.device("cuda", torch.cuda.current_device()) if plan.card.is_gpu else torch.device("cpu")
-    read, stored = files(folder) if folder else random_weights(config, DTYPES[plan.dtype], device)
-    where = {"streamed": plan.streamed, "dtype": DTYPES[plan.dtype], "device": device, "attention": plan.attention}
-    return load_piecewise(config, plan.recipe, read, stored, **where)
+    dtype = DTYPES[plan.dtype]
+    if folder:
+        read, stored = quantized(folder, config, plan.recipe, dtype, device)
+    else:
+        read, stored = random_weights(config, dtype, device)
+    where = {"streamed": plan.streamed, "dtype": dtype, "device": device, "attention": plan.attention}
+    model = load_piecewise(config, plan.recipe, read, stored, **where)
+    if model.streamed.refused:
+        warnings.warn(f"host memory is not pinned, so copies take longer: {model.streamed.refused}", stacklevel=4)
+    return model
 
 
 def random_weights(

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.quantization_config import QuantizationMethod
 
 from llamanb.errors import ModelError
+from llamanb.model.quantized import QuantizedLayers
 from llamanb.model.streamed import StreamedLayers
 from llamanb.recipe import Recipe
 from llamanb.tape.workload import BLOCK, BUFFERS
@@ -70,6 +71,29 @@ def load_piecewise(
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
     model.streamed = StreamedLayers(decoder.layers, streamed, BUFFERS, device)
     return model.eval()
+
+
+def quantized(
+    folder: Path, config: LlamaConfig, recipe: Recipe, dtype: torch.dtype, device: torch.device
+) -> tuple[Read, frozenset[str]]:
+    """What a checkpoint stores, its layers in 4 bits, and how to read it. Of a 16-bit one they are quantized once, and
+    kept for the next time. Raises SafetensorError or OSError for a file that cannot be read."""
+    read, stored = files(folder)
+    if any(name.endswith(".weight.absmax") for name in stored):
+        return read, stored
+    layers = {
+        number: sorted(name for name in stored if name.startswith(f"model.layers.{number}.") and "_proj." in name)
+        for number in range(config.num_hidden_layers)
+    }
+    of_layer = {name: number for number, names in layers.items() for name in names}
+    cache = QuantizedLayers(folder, read, layers, recipe, dtype, device)
+    constants = QuantizedLayers.constants(recipe)
+
+    def read_quantized(name: str) -> Tensor:
+        weight = f"{name.partition('.weight')[0]}.weight"
+        return cache.layer(of_layer[weight])[name] if weight in of_layer else read(name)
+
+    return read_quantized, stored | {f"{name}.{part}" for name in of_layer for part in constants}
 
 
 def files(folder: Path) -> tuple[Read, frozenset[str]]:

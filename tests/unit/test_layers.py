@@ -182,6 +182,7 @@ def test_only_loading_and_fused_layers_know_streamed_ones():
     """They are counted apart too (docs/decisions/0019)."""
     assert _uses("llamanb.model.streamed") == {"model/fused", "model/piecewise"}
     assert _uses("llamanb.model.piecewise") == {"model/load"}
+    assert _uses("llamanb.model.quantized") == {"model/piecewise"}
 
 
 def test_no_file_a_reader_would_dread():

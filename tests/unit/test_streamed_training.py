@@ -2,18 +2,29 @@
 
 import json
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from llamanb import Card, Recipe, load_adapter, merge, plan, show_run, train
+from llamanb.data.encode import load_tokenizer
 from llamanb.errors import ModelError, RecipeError
+from llamanb.model import load_model
+from llamanb.model.quantized import MANIFEST
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
 from llamanb.tiny import CHECKPOINT, DEFAULTS
 
 CPU = Card("CPU", None)
 LAYERS = (OFFLOADED, CHECKPOINTED, HALVED, STORED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cache_of_this_user(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hf") / "hub"))
+        yield
 
 
 def recipe(**more):
@@ -108,3 +119,83 @@ def test_a_plan_for_a_gpu_says_what_waits_in_host_memory():
     assert made.streamed_gib == pytest.approx(33, abs=1)
     assert "of 80 of 80 layers in host memory" in str(made)
     assert json.loads(made.to_json())["streamed"] == list(range(80))
+
+
+# what is quantized once
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A Hub's cache of its own; a folder of layers in it once something was loaded."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+
+    def folder():
+        (found,) = (tmp_path / "hf" / "llamanb-4bit").iterdir()
+        return found
+
+    return folder
+
+
+def quantizations(monkeypatch) -> list:
+    made, real = [], bnb.functional.quantize_4bit
+    monkeypatch.setattr(bnb.functional, "quantize_4bit", lambda *args, **more: made.append(1) or real(*args, **more))
+    return made
+
+
+def loaded(**more):
+    return load_model(laid_out(recipe(**more), (0, 1, 2, 3)), load_tokenizer(CHECKPOINT))
+
+
+def weights(model) -> dict:
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            found[name] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return found
+
+
+def test_weights_are_quantized_once_for_each_way(cache, monkeypatch):
+    made = quantizations(monkeypatch)
+    first, again = weights(loaded()), weights(loaded())
+    assert len(made) == 4 * 7
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    files = [f"layer-000{n}.safetensors" for n in range(4)]
+    assert sorted(path.name for path in cache().iterdir()) == [*files, MANIFEST]
+    loaded(double_quant=False)
+    loaded(method="qlora-fp4")
+    assert len(made) == 3 * 4 * 7
+
+
+def test_what_was_cut_off_goes_on_and_what_was_changed_is_made_again(cache, monkeypatch, capsys):
+    first = weights(loaded())
+    folder = cache()
+    (folder / "layer-0001.safetensors").unlink()
+    file = folder / "layer-0002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    made = quantizations(monkeypatch)
+    again = weights(loaded())
+    assert len(made) == 2 * 7
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert "layer-0002.safetensors is not what was written there" in capsys.readouterr().out
+    (folder / MANIFEST).write_text("[1, 2")
+    loaded()
+    assert len(made) == 6 * 7, "without a manifest nothing there counts"
+
+
+def test_without_room_it_is_quantized_each_time(cache, monkeypatch, tmp_path):
+    made = quantizations(monkeypatch)
+    monkeypatch.setattr("llamanb.model.quantized.SPARE_BYTES", 2**60)
+    first, again = weights(loaded()), weights(loaded())
+    assert len(made) == 2 * 4 * 7
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert list(cache().iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "hf").write_text("a file, and no folder")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    assert loaded()
+    assert "not kept for the next time" in capsys.readouterr().out
