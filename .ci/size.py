@@ -17,6 +17,7 @@ EXTRAS = (
     "scale/",
     "scale.py",
     "gpu_check.py",
+    "rehearsal.py",
     "tradeoffs.py",
     "tradeoffs_picture.py",
     "claims.py",

@@ -151,6 +151,7 @@ EXTRAS = {
     "export",
     "scale",
     "gpu_check",
+    "rehearsal",
     "tradeoffs",
     "tradeoffs_picture",
     "claims",
