@@ -5,7 +5,7 @@ from __future__ import annotations
 from llamanb.data import TrainingData
 from llamanb.data.encode import IGNORE, Encoded, render
 from llamanb.data.formats import SQUAD, UNANSWERABLE, Example
-from llamanb.generate import LONGEST_ANSWER, batches, generate
+from llamanb.generate import LONGEST_ANSWER, ROWS_AT_ONCE, batches, generate
 from llamanb.scores import Comparison, RowScore, Scores
 
 POSITIONS_AT_ONCE = 1024
@@ -105,10 +105,15 @@ def _losses(model, data: TrainingData) -> list[tuple[float, int]]:
 
 def _answers(model, data: TrainingData) -> list[tuple[str, bool | None] | None]:
     """Greedy answers to the held-out prompts, in the rows' order, each with whether it ended by itself. The first rows
-    of plain text are gone on with; where those end says nothing."""
+    of plain text are gone on with; where those end says nothing. With streamed weights there is one batch of rows."""
     tokenizer, examples = data.tokenizer, data.held_out_examples
     chats = [i for i, example in enumerate(examples) if example.messages]
     texts = [i for i, example in enumerate(examples) if not example.messages][:CONTINUED]
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if (streamed := getattr(core, "streamed", None)) and len(chats) > ROWS_AT_ONCE:
+        why = f"each word of an answer brings {streamed.size / 1e9:.3g} GB of weights to the card"
+        print(f"answering {ROWS_AT_ONCE} of {len(chats)} held-out rows: {why}", flush=True)
+        chats = chats[:ROWS_AT_ONCE]
     prompts = [render(tokenizer, e.messages[: _prompt_length(e)], e.tools, prompt=True) for e in _of(examples, chats)]
     longest = max((len(tokenizer(text)["input_ids"]) for e in _of(examples, chats) for text in e.references), default=0)
     answers: list[tuple[str, bool | None] | None] = [None] * len(examples)

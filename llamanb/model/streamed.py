@@ -89,6 +89,11 @@ class StreamedLayers:
             layer.register_forward_pre_hook(lambda module, args, number=number: self.visit(number))
 
     @property
+    def size(self) -> int:
+        """Bytes of all streamed layers."""
+        return sum(host.size for host in self.hosts.values())
+
+    @property
     def refused(self) -> str:
         """Why host memory is not pinned, where it is not."""
         return next((host.refused for host in self.hosts.values() if host.refused), "")

@@ -69,6 +69,14 @@ def test_the_adapter_loads_and_merges_as_any_other(tmp_path, resident):
     assert (merged / "model.safetensors").read_bytes() == (right / "model.safetensors").read_bytes()
 
 
+def test_answers_are_given_to_one_batch_of_rows_since_each_word_takes_all_weights(tmp_path, capsys):
+    run = trained(tmp_path, recipe(eval_rows=20), (0, 1, 2, 3))
+    assert "answering 16 of 20 held-out rows: each word of an answer brings" in capsys.readouterr().out
+    rows = run.scores.after.rows
+    assert [row.exact is None for row in rows] == [False] * 16 + [True] * 4
+    assert all(row.nats > 0 for row in rows), "the loss is every row's"
+
+
 def test_a_run_that_was_cut_off_goes_on(resident, tmp_path):
     short = recipe(steps=4, checkpoint_every_steps=2)
     run = trained(tmp_path, short.replace(steps=2), (0, 1, 2, 3))
