@@ -28,7 +28,7 @@ def evaluate(model, data: TrainingData) -> Scores:
     rows = []
     for (nats, tokens), found, example in zip(losses, answers, data.held_out_examples, strict=True):
         text, ended = found or ("", None)
-        exact, f1 = _right(text, example.references, is_squad) if example.references else (None, None)
+        exact, f1 = _right(text, example.references, is_squad) if found and example.references else (None, None)
         rows.append(RowScore(nats, tokens, text, ended, exact, f1))
     return Scores(tuple(rows))
 
