@@ -35,6 +35,7 @@ _HOME = {
     "to_gguf": "export",
     "load_merged": "export",
     "same_answers": "export",
+    "push": "export",
     "recipe_form": "ui",
     "plan_form": "ui",
     "LlamanbError": "errors",

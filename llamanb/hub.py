@@ -1,7 +1,8 @@
 """The Hugging Face Hub: where checkpoints come from, and what its refusals mean.
 
-Everything that leaves this machine for the Hub passes here, so each cause has one error that says what to do. Neither
-torch nor transformers is loaded; weights are safetensors only, and no code from a checkpoint is ever run.
+All that is fetched passes here, so each cause has one error that says what to do (`export/upload.py` is where things
+are sent). Neither torch nor transformers is loaded; weights are safetensors only, and no code from a checkpoint is ever
+run.
 """
 
 from __future__ import annotations
@@ -200,13 +201,19 @@ def _check_room(model: str, revision: str) -> None:
         )
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    """The error, what it came of, and so on."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) and inner not in chain:
+        chain.append(inner)
+    return chain
+
+
 def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
     """The LlamanbError that says what a failure of the Hub's client means for this model or dataset."""
     from huggingface_hub import errors, get_token
 
-    chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) and inner not in chain:
-        chain.append(inner)
+    chain = causes(error)
 
     def first(*types: type) -> Exception | None:
         return next((e for e in chain if isinstance(e, types)), None)

@@ -50,8 +50,10 @@ class Run:
     buckets_gib: dict[str, float] = field(default_factory=dict)
     """What lasts during training, measured: by bucket of the plan."""
     versions: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    """How many were `trained on` and `held out`."""
 
-    _FACTS = ("status", "train_s", "buckets_gib", "versions")
+    _FACTS = ("status", "train_s", "buckets_gib", "versions", "rows")
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:

@@ -1,4 +1,5 @@
-"""The small files of a merged model: config, tokenizer, how it generates, and a model card with base and licence."""
+"""The small files of what is exported: config, tokenizer, how it generates, and a model card that goes on from that of
+the run."""
 
 from __future__ import annotations
 
@@ -7,29 +8,25 @@ import re
 import shutil
 from pathlib import Path
 
-from llamanb import REPOSITORY, __version__, hub
 from llamanb.data.encode import end_token_ids, load_tokenizer
+from llamanb.export.model_card import CARD, HERE, MAKER, USE, Origin, code, model_card, noted, use_of_model, write
 from llamanb.export.source import Source
-from llamanb.html import visible
 from llamanb.run import Run
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja")
-LICENCES = {  # part of a Llama's name: the Hub's name of its licence, and Meta's
-    "3.3": ("llama3.3", "Llama 3.3 Community License"),
-    "3.2": ("llama3.2", "Llama 3.2 Community License"),
-    "3.1": ("llama3.1", "Llama 3.1 Community License"),
-    "3": ("llama3", "Meta Llama 3 Community License"),
-}
-_LLAMA = re.compile(r"llama-?(3(?:\.[123])?)-\d+b", re.IGNORECASE)
+
+TERMS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md")
+"""A licence's own text, where somebody has put it there."""
 
 
 def write_small_files(folder: Path, source: Source, base: str, dtype: str) -> None:
     """Writes everything but the weights; the same bytes for the same source."""
     full = {"fp16": "float16", "bf16": "bfloat16"}[dtype]
     tokens = source.saved if (source.saved / "tokenizer.json").is_file() else source.checkpoint
-    for pattern in TOKENIZER:
-        for path in tokens.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    for place, patterns in ((tokens, TOKENIZER), (source.checkpoint, TERMS)):
+        for pattern in patterns:
+            for path in place.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
     tokenizer = load_tokenizer(tokens)
     config = {
         name: value for name, value in source.config.items() if name not in ("quantization_config", "torch_dtype")
@@ -37,58 +34,48 @@ def write_small_files(folder: Path, source: Source, base: str, dtype: str) -> No
     _write(folder / "config.json", config | {"dtype": full, "pad_token_id": tokenizer.pad_token_id, "use_cache": True})
     ends = {"eos_token_id": end_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     _write(folder / "generation_config.json", _json(source.checkpoint / "generation_config.json") | ends)
-    (folder / "README.md").write_text(model_card(source, base, dtype), encoding="utf-8")
+    origin = Origin.find(source.name, source.revision, noted(source.home))
+    write(folder, merged_card(source, origin, base, dtype), origin)
 
 
-def licence(name: str) -> tuple[str, str] | None:
-    """The Hub's name of a base's licence, and Meta's; None where the base is not known to be Meta's."""
-    found = _LLAMA.search(name.split("/")[-1])
-    return LICENCES[found[1]] if found else None
-
-
-def model_card(source: Source, base: str, dtype: str) -> str:
-    """README.md: which base, under which licence, merged how, trained on what, and how it scored."""
-    on_the_hub = hub.is_name(source.name) and source.name != "tiny"
-    known = licence(source.name)
-    header = ["---", *([f"base_model: {source.name}", "base_model_relation: merge"] if on_the_hub else [])]
-    header += [f"license: {known[0]}"] if known else []
-    header += ["license: apache-2.0"] if source.name == "tiny" else []
-    header += ["library_name: transformers", "tags: [llamanb, llama]", "---"]
-    title = source.name.split("/")[-1]
+def merged_card(source: Source, origin: Origin, base: str, dtype: str) -> str:
+    """README.md of a merged model: which base, under which licence, merged how, trained on what, and how it scored."""
     quantized = source.shape.quantization or (source.plan and source.plan.recipe.quantization)
     into = {
         "trained": "the weights that it was trained on" + (": quantized, and dequantized again" if quantized else ""),
         "original": "the base's own weights" + ("; it was trained on quantized ones" if quantized else ""),
     }[base]
-    terms = "The base's licence holds for these weights too; see its page."
-    if known:
-        terms = f"Built with Llama. Under the {known[1]}, as its base is (https://llama.com/license)."
-    elif source.name == "tiny":
-        terms = "Apache-2.0, as the tiny Llama that comes with llamanb is."
-    lines = [
-        *header,
-        f"# {_code(title)}, fine-tuned",
-        "",
-        f"An adapter for {_code(source.name)} (revision {_code(source.revision)}), merged in {dtype} into {into}.",
-        f"Made with [llamanb]({REPOSITORY}) {__version__}.",
-        "",
-        "## Licence",
-        "",
-        terms,
-    ]
-    if source.plan:
-        lines += ["", "## Scores on held-out rows, of base and adapter", "", "```", _scores(source), "```"]
-        lines += ["", "## How it was trained", "", f"```json\n{source.plan.recipe.to_json()}\n```"]
-    return "\n".join([*lines, ""])
+    made = f"An adapter for {origin.link}, merged in {dtype} into {into}. Made with {MAKER}."
+    use = use_of_model({"fp16": "float16", "bf16": "bfloat16"}[dtype])
+    run = Run.open(source.home) if source.plan else None
+    return model_card(origin, f"{origin.title}, fine-tuned", made, use, "transformers", "finetune", run)
 
 
-def _scores(source: Source) -> str:
-    scores = Run.open(source.home).scores
-    return visible(str(scores.tables()[0]) if scores else "not scored").replace("`", "'")
+def gguf_card(folder: Path, file: str, kind: str) -> str:
+    """README.md of a GGUF file: that of the folder it was made from, with another way to load it. Where that is not
+    llamanb's, little more than the name and, if it is known, the licence."""
+    use = use_of_gguf(file, f" in {kind}")
+    try:
+        card = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        card = ""
+    if "llamanb" not in card or f"\n{USE}\n" not in card:
+        base = Origin(str(folder), "main", False, Origin.find(str(folder), "main", {}).licence)
+        made = f"Made from {code(folder.name)} with {MAKER}."
+        return model_card(base, f"{code(folder.name)} as GGUF", made, use, "gguf", "finetune", None)
+    card = re.sub(r"^library_name: .*$", "library_name: gguf", card, count=1, flags=re.MULTILINE)
+    return re.sub(rf"^{USE}\n.*?(?=^## |\Z)", lambda _: f"{USE}\n\n{use}\n\n", card, count=1, flags=re.M | re.S)
 
 
-def _code(text: str) -> str:
-    return "`{}`".format(" ".join(visible(text).replace("`", "'").split()))
+def use_of_gguf(file: str, kind: str = "") -> str:
+    """With Ollama, which reads the Modelfile beside it, and with llama.cpp."""
+    name, stem = re.sub(r"[^\w.-]", "-", file), re.sub(r"[^\w.-]", "-", file.removesuffix(".gguf"))
+    return (
+        f"{code(file)} is this model as GGUF{kind}, for llama.cpp, Ollama and what is built on them.\n\n"
+        f"```bash\nhf download {HERE} --local-dir model\n"
+        f"ollama create {stem} -f model/{stem}.Modelfile && ollama run {stem}\n"
+        f"llama-cli -m model/{name}  # llama.cpp\n```"
+    )
 
 
 def _json(path: Path) -> dict:

@@ -15,6 +15,7 @@ from llamanb.architecture import Architecture, from_config
 from llamanb.data.encode import load_tokenizer
 from llamanb.errors import DiskFullError, ModelError, RecipeError
 from llamanb.export import stored
+from llamanb.export.describe import gguf_card
 from llamanb.export.ollama import modelfile
 from llamanb.export.read import pieces, read_rows
 from llamanb.export.shards import free_bytes
@@ -46,7 +47,8 @@ _ENDS = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output
 
 
 def to_gguf(folder: str | Path, to: str | Path | None = None, *, kind: str = "f16") -> Path:
-    """Writes a merged model as GGUF, with tokenizer and chat template, and an Ollama Modelfile beside it.
+    """Writes a merged model as GGUF, with tokenizer and chat template, and an Ollama Modelfile and a model card (.md)
+    beside it.
 
     A tensor at a time is held, the largest by pieces. Smaller kinds (Q4_K_M and the like) are made from f16 by
     llama.cpp's own tool; the command is printed.
@@ -104,6 +106,7 @@ def to_gguf(folder: str | Path, to: str | Path | None = None, *, kind: str = "f1
         new.unlink(missing_ok=True)
     text, remark = modelfile(target.name, tokenizer)
     target.with_suffix(".Modelfile").write_text(text, encoding="utf-8")
+    target.with_suffix(".md").write_text(gguf_card(folder, target.name, kind), encoding="utf-8")
     if not vocabulary.split:
         print("llama.cpp knows no splitting of text like this tokenizer's, will split as Llama 3 does, and may give")
         print("other tokens for the same text")

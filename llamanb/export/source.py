@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from llamanb.errors import LlamanbError, ModelError, RecipeError
 from llamanb.export import stored
 from llamanb.export.adapter import CONFIG, Adapter
 from llamanb.export.base import BLOCK, Base
+from llamanb.export.model_card import noted
 from llamanb.export.stored import MissingShardError
 from llamanb.layout import Plan
 from llamanb.recipe import LINEAR_LAYERS
 from llamanb.run import Run
-from llamanb.training import BASE
 
 
 class WrongBaseError(ModelError):
@@ -62,7 +61,7 @@ class Source:
         saved = home if (home / CONFIG).is_file() else home / "adapter"
         if saved == home and (home.parent / "plan.json").is_file():
             home = home.parent
-        plan, noted = _plan(home), _noted(home)
+        plan, facts = _plan(home), noted(home)
         if plan and not plan.recipe.adapters:
             why = "all weights were trained, and saved whole"
             raise RecipeError(f"{home} has no adapter to merge", why, f"use {home / 'model'} as it is")
@@ -74,7 +73,7 @@ class Source:
                 "base = 'original', or give the folder of the run",
             )
         name = plan.recipe.model if plan else str(adapter.config.get("base_model_name_or_path"))
-        revision = noted.get("commit") or (plan.recipe.revision if plan else adapter.config.get("revision")) or "main"
+        revision = facts.get("commit") or (plan.recipe.revision if plan else adapter.config.get("revision")) or "main"
         folder = hub.checkpoint_folder(str(checkpoint or name), "main" if checkpoint else revision)
         config = hub.read_config(folder, str(folder))
         shape = from_config(config, str(folder))
@@ -89,7 +88,7 @@ class Source:
         _require_fit(adapter, base, saved, folder)
         twin = checkpoint is not None and kind == "original" and _is_stored_quantized(name, revision)
         fingerprint = hub.fingerprint(folder)
-        if noted.get("fingerprint", fingerprint) != fingerprint and not twin:
+        if facts.get("fingerprint", fingerprint) != fingerprint and not twin:
             raise WrongRevisionError(
                 f"{folder} is not what {saved} was trained on",
                 "names and shapes are right, and the weights are others: another revision, or another fine-tune",
@@ -106,14 +105,6 @@ def _plan(home: Path) -> Plan | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"plan.json: {type(error).__name__}: {error}"
         raise RecipeError(f"{home} is no run that can be read", why, "give the folder that train() printed") from None
-
-
-def _noted(home: Path) -> dict:
-    """What training noted of its base; nothing for runs that did not."""
-    try:
-        return dict(json.loads((home / BASE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def _is_stored_quantized(name: str, revision: str) -> bool:

@@ -41,7 +41,7 @@ def save_model(model: PreTrainedModel, tokenizer, plan: Plan, folder: Path) -> P
 
 def write_model_card(target: Path, plan: Plan, scores: str = "") -> None:
     """Writes README.md beside the weights: base, data, recipe, where it ran, and its scores where there are any."""
-    (target / "README.md").write_text(_model_card(plan.recipe, plan, scores), encoding="utf-8")
+    (target / "README.md").write_text(training_card(plan.recipe, plan, scores), encoding="utf-8")
 
 
 def load_adapter(folder: str | Path) -> tuple[PreTrainedModel, object]:
@@ -74,7 +74,8 @@ def load_adapter(folder: str | Path) -> tuple[PreTrainedModel, object]:
         return PeftModel.from_pretrained(base, saved, config=lora_config(recipe)).eval(), tokenizer
 
 
-def _model_card(recipe: Recipe, plan: Plan, scores: str) -> str:
+def training_card(recipe: Recipe, plan: Plan, scores: str) -> str:
+    """Its text, as it is while the run still goes on. `push` puts another in its place, which says more."""
     on_the_hub = hub.is_name(recipe.model) and recipe.model != "tiny"
     base = f"[{recipe.model}](https://huggingface.co/{recipe.model})" if on_the_hub else _code(recipe.model)
     base = "the tiny Llama that comes with llamanb" if recipe.model == "tiny" else base

@@ -136,7 +136,8 @@ def _watched(
         watching.enter_context(sampler)
         versions = {"llamanb": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
         scene = Scene(plan, folder)
-        scene.run = Run(folder, plan, sampler.timeline, versions=versions)
+        rows = {"trained on": len(data.train), "held out": len(data.held_out)}
+        scene.run = Run(folder, plan, sampler.timeline, versions=versions, rows=rows)
         sampler.timeline.planned_gib, sampler.folder = plan.needs_gib, folder
         explained = None
         try:

@@ -141,12 +141,12 @@ def test_its_metadata_asks_for_python3_and_a_t4(notebook):
 
 
 def test_badge_setup_cell_and_model_card_carry_the_one_address(notebook):
-    from llamanb.model.save import _model_card
+    from llamanb.model.save import training_card
     from llamanb.planner import plan
     from llamanb.recipe import Recipe
 
     recipe = Recipe(max_length=128)
-    card = _model_card(recipe, plan(recipe), "")
+    card = training_card(recipe, plan(recipe), "")
     wanted = REPOSITORY.removeprefix("https://")
     for text in (source(notebook.cells[0]).replace("com/github/", "github.com/"), notebook.tagged("setup"), card):
         found = {match.rstrip(".") for match in re.findall(r"github\.com/[\w.-]+/[\w.-]+", text)}

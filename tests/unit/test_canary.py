@@ -10,6 +10,8 @@ import pytest
 
 from llamanb import Recipe
 from llamanb.errors import RecipeError
+from tests.adapted import adapted_run
+from tests.hub_server import Fault, Hub
 from tests.unit.test_hub import endpoint  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,8 @@ logging.basicConfig(level=logging.DEBUG)
 from llamanb import *
 from llamanb import hub
 from llamanb.errors import RecipeError
+from tests.adapted import adapted_run
+from tests.hub_server import Fault, Hub
 for name in ("meta-llama/Llama-3.2-1B", "meta-llama/no-token", "owner/misspelled", "owner/wrong-token", "owner/good",
              "owner/no-revision", "owner/broken", "owner/huge", "owner/pickled"):
     try:
@@ -77,6 +81,22 @@ print(report, report._repr_html_())
 """
 
 
+PUSHES = """
+import logging, sys, traceback
+logging.basicConfig(level=logging.DEBUG)
+from llamanb import push
+for repo, options in (("me/notes", {}), ("me/notes", {"dry_run": False}), ("me/notes", {"dry_run": False}),
+                      ("them/notes", {"dry_run": False}), ("me/refused", {"dry_run": False})):
+    try:
+        sent = push("run", repo, **options)
+        print(repr(sent), sent._repr_html_(), sent.commit)
+    except Exception as error:
+        traceback.print_exc()
+        print(error, error._repr_html_())
+        print("\\n".join(traceback.TracebackException.from_exception(error, capture_locals=True).format()))
+"""
+
+
 @pytest.mark.parametrize("field", ["model", "dataset", "revision", "dataset_split"])
 @pytest.mark.parametrize(
     "value", [CANARY, f"x/{CANARY}", "https://me:secret@example.org/x.jsonl", f"https://{CANARY}@x/y"]
@@ -95,18 +115,38 @@ def test_a_name_that_looks_a_little_like_one_is_fine(value):
     assert Recipe(dataset=value).dataset == value
 
 
+def say(code: str, folder: Path, endpoint: str) -> subprocess.CompletedProcess:  # noqa: F811
+    """Runs the code in `folder`/here with the canary as token; what it says is in `folder` too."""
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    env = {**keep, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_TOKEN": CANARY}
+    env |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "HF_DEBUG": "1", "CUDA_VISIBLE_DEVICES": ""}
+    said = code.replace("{0}", CANARY)
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, cwd=folder / "here", env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "output").write_bytes(done.stdout + b"\n" + done.stderr)
+    assert len(done.stdout) > 500
+    return done
+
+
 @pytest.mark.parametrize(
     "code", [TRAINS, REFUSED, CHECKS], ids=["a training", "what the Hub refuses", "a look at the machine"]
 )
 def test_the_token_stays_where_it_is(tmp_path, endpoint, code):  # noqa: F811
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env = {**keep, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": CANARY}
-    env |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "HF_DEBUG": "1", "CUDA_VISIBLE_DEVICES": ""}
     (tmp_path / "here").mkdir()
-    said = code.replace("{0}", CANARY)
-    done = subprocess.run([sys.executable, "-c", said], capture_output=True, cwd=tmp_path / "here", env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (tmp_path / "output").write_bytes(done.stdout + b"\n" + done.stderr)
-    assert len(done.stdout) > 500
+    done = say(code, tmp_path, endpoint)
     assert code != REFUSED or b"authorization: <TOKEN>" in done.stderr, "the client had it, and its log says so"
+    assert places(CANARY, tmp_path) == []
+
+
+def test_a_push_tells_the_token_to_the_hub_alone(tmp_path):
+    adapted_run(tmp_path / "here" / "run", method="lora", rank=4, max_length=128)
+    with Hub() as hub:
+        hub.account(CANARY)
+        hub.faults = [Fault("POST", "me/refused/preupload", times=99, status=403, error="no")]
+        done = say(PUSHES, tmp_path, hub.endpoint)
+        contents = [content for repo in hub.repos.values() for _, content in repo.files.values()]
+    assert b"authorization: <TOKEN>" in done.stderr, "the client had it, and its log says so"
+    assert b"WrongTokenError" in done.stdout
+    assert len(contents) > 5
+    assert not any(trace in content for trace in traces(CANARY) for content in contents)
     assert places(CANARY, tmp_path) == []

@@ -19,19 +19,20 @@ import mistune
 import pytest
 import yaml
 
-from llamanb import Card, Recipe, gpu_check, hub, plan
+from llamanb import REPOSITORY, Card, Recipe, gpu_check, hub, plan
 from llamanb import html as pieces
 from llamanb.chat import Chat
 from llamanb.data.show import Tokens
 from llamanb.errors import LlamanbError, RecipeError
+from llamanb.export.model_card import card_of
+from llamanb.export.push import Push
 from llamanb.html import Bar, Table, visible
-from llamanb.model.save import _model_card
 from llamanb.planner import DoesNotFitError
 from llamanb.plots import Picture
 from llamanb.report import report
 from llamanb.run import Run, new_folder
 from llamanb.scores import Comparison, RowScore, Scores, Verdict
-from llamanb.timeline import Timeline
+from llamanb.timeline import Sample, Step, Timeline
 from llamanb.trials import Attention
 from llamanb.ui import form as form_module
 from llamanb.ui import recipe_form
@@ -126,6 +127,9 @@ SINKS = {
     "comparison": comparison,
     "run": run,
     "report": lambda text: Shown(report(run(text))),
+    "push": lambda text: Push(
+        "me/x", True, text, {"README.md": text.encode("utf-8", "replace"), text: b""}, (text,), text or "x"
+    ),
     "files": lambda text: Run(Path("runs") / text[:80], a_plan(), Timeline("")).files(),
     "attention": lambda text: Attention(text, text, {text: text}, {text: text}),
     "memory of GPUs": gpu_memory,
@@ -268,34 +272,41 @@ def test_the_form_shows_what_is_typed_and_what_is_wrong_with_it_as_text(monkeypa
     assert [event for event in seen if "passwd" in str(event)] == []
 
 
+def a_run(recipe, text):
+    """One of whose words each is `text`."""
+    made = a_plan().replace(recipe=recipe, card=dataclasses.replace(a_plan().card, name=text))
+    watched = Timeline(
+        text, 1.0, None, [Sample(0.0, text, 1.0, None, None)], [Step(1, 1.0, 1.0, 1.0, 1.0, 9)], {text: 1.0}
+    )
+    scores = SimpleNamespace(tables=lambda: [text], verdict=text)
+    return Run(Path("runs/x"), made, watched, scores, status=text, versions={text: text}, rows={"held out": 2})
+
+
 def test_the_model_card_keeps_its_headings_links_and_fields():
-    def read(recipe, name, scores):
-        made = a_plan().replace(recipe=recipe, card=dataclasses.replace(a_plan().card, name=name))
-        _, header, body = _model_card(recipe, made, scores).split("---\n", 2)
+    def read(recipe, text):
+        _, header, body = card_of(a_run(recipe, text)).split("---\n", 2)
         return yaml.safe_load(header), Skeleton(mistune.html(body)).elements
 
-    def without_link(elements):
-        base = [("a", [("href", f"https://huggingface.co/{LLAMA.model}")]), ("/a", [])]
-        return [element for element in elements if element not in (*base, ("code", []), ("/code", []))]
+    def without(elements, *tags):
+        return [e for e in elements if e[0].strip("/") not in tags]
 
-    fields, wanted = read(LLAMA, "T4", HARMLESS)
-    own = [element for element in wanted if element[0] in ("a", "/a")]
+    known, unknown = (LLAMA.replace(model=name, dataset="owner/rows") for name in (LLAMA.model, "owner/model"))
+    fields, wanted = read(known, HARMLESS)
+    assert fields["license"] == "llama3.2"
+    assert len([e for e in wanted if e[0] == "a"]) == 3, "the base, llamanb and the licence"
+    _, plain = read(unknown, HARMLESS)
     for text in STRINGS:
-        assert read(LLAMA, text, text)[0] == fields
-        assert [e for e in read(LLAMA, text or "x", text)[1] if e[0] in ("a", "/a")] == own
-        assert without_link(read(LLAMA, text or "x", text)[1]) == without_link(wanted)
+        assert read(known, text) == (fields, wanted)
         try:
-            recipe = LLAMA.replace(model=text, dataset=text)
+            recipe = LLAMA.replace(model=text, dataset=text, revision=text, dataset_split=text)
         except RecipeError:
             continue  # nothing of that name is ever trained
-        header, elements = read(recipe, "T4", HARMLESS)
+        header, elements = read(recipe, HARMLESS)
         assert header.keys() <= fields.keys()
-        assert [e for e in elements if e[0] not in ("a", "/a", "code", "/code")] == [
-            e for e in wanted if e[0] not in ("a", "/a", "code", "/code")
-        ]
-        assert all(
-            value.startswith("https://") for _, attributes in elements for name, value in attributes if name == "href"
-        )
+        assert header["tags"] == fields["tags"]
+        assert without(elements, "a", "code") == without(plain, "a", "code")
+        links = [value for _, attributes in elements for name, value in attributes if name == "href"]
+        assert all(link.startswith(("https://huggingface.co/", REPOSITORY)) for link in links)
 
 
 def test_a_run_stays_in_its_folder_whatever_its_name(tmp_path):

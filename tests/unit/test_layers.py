@@ -77,7 +77,7 @@ def test_a_name_is_the_same_whatever_was_imported_before():
         ("peft", ("model",)),
         ("gguf", ("export",)),
         ("datasets", ("data", "training", "quiet")),
-        ("huggingface_hub", ("hub",)),
+        ("huggingface_hub", ("hub", "export/upload")),
     ],
 )
 def test_a_library_is_used_in_its_place_only(library, places):
