@@ -33,6 +33,7 @@ from llamanb.export.model_card import (
     noted,
     use_of_model,
 )
+from llamanb.export.shards import in_words
 from llamanb.export.upload import PushError, address, holds_token, require_name, upload
 from llamanb.html import Table, join, paragraph, visible
 from llamanb.model.save import training_card
@@ -67,10 +68,10 @@ class Push:
         return sum(_size(file) for file in self.files.values())
 
     def _table(self) -> Table:
-        seen = f"{'private' if self.private else 'public, for everyone to see'}; {_in_words(self.size)}"
+        seen = f"{'private' if self.private else 'public, for everyone to see'}; {in_words(self.size)}"
         where = address(self.repo)
         did = f"sent to {where}" if self.commit else f"would be sent to {where}; dry_run = False sends it"
-        rows = [[name, _in_words(_size(file)), _from(file)] for name, file in self.files.items()]
+        rows = [[name, in_words(_size(file)), _from(file)] for name, file in self.files.items()]
         return Table([f"{self.kind}: file", "size", "from"], rows, f"{did} ({seen})")
 
     def _notes(self) -> str:
@@ -123,7 +124,7 @@ def push(what: Run | str | Path, repo: str, *, private: bool = True, dry_run: bo
     made = Push(repo, private, found.kind, files, tuple(remarks))
     if dry_run:
         return made
-    print(f"sending {len(files)} files, {_in_words(made.size)}, to {address(repo)}", flush=True)
+    print(f"sending {len(files)} files, {in_words(made.size)}, to {address(repo)}", flush=True)
     commit, more = upload(repo, files, private=private)
     return replace(made, commit=commit, remarks=(*remarks, *more))
 
@@ -314,11 +315,3 @@ def _size(file: Path | bytes) -> int:
 
 def _from(file: Path | bytes) -> str:
     return "written for this push" if isinstance(file, bytes) else str(file)
-
-
-def _in_words(size: int) -> str:
-    """Bytes in the unit a person would use."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size} bytes"

@@ -9,6 +9,7 @@ import torch
 
 from llamanb.attempts import forget
 from llamanb.errors import ModelError, RecipeError
+from llamanb.export.shards import in_words
 from llamanb.generate import asked, generate
 from llamanb.html import Table
 from llamanb.machine import GIB, host_memory
@@ -72,7 +73,7 @@ def same_answers(
     rows = [["base and adapter", "", "", _ended(wanted)]]
     for path in map(Path, paths):
         files = [path] if path.is_file() else [*path.glob("*.safetensors")]
-        size = f"{sum(file.stat().st_size for file in files) / 1e9:.3g} GB"
+        size = in_words(sum(file.stat().st_size for file in files))
         try:
             answers = generate(load_merged(path), tokenizer, prompts, max_new_tokens)
         except ModelError as error:

@@ -164,3 +164,11 @@ def free_bytes(folder: Path) -> int:
     """On the disk that the folder is on, or would be on once it is made."""
     place = folder.absolute()
     return shutil.disk_usage(next(p for p in (place, *place.parents) if os.path.exists(p))).free
+
+
+def in_words(size: int) -> str:
+    """Bytes in the unit a person would use."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size} bytes"
