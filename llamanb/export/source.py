@@ -84,7 +84,7 @@ class Source:
                 "base = 'trained', or checkpoint = the 16-bit checkpoint that it was made from",
             )
         base = Base(stored.tensors(folder), **(_as_trained(plan, shape) if kind == "trained" else {}))
-        _require_names(base, shape, folder)
+        require_names(base, shape, folder)
         _require_fit(adapter, base, saved, folder)
         twin = checkpoint is not None and kind == "original" and _is_stored_quantized(name, revision)
         fingerprint = hub.fingerprint(folder)
@@ -128,7 +128,7 @@ def _as_trained(plan: Plan, shape: Architecture) -> dict:
     return {"computed": COMPUTED[plan.dtype], "quantization": quantization, "double": recipe.double_quant}
 
 
-def _require_names(base: Base, shape: Architecture, folder: Path) -> None:
+def require_names(base: Base, shape: Architecture, folder: Path) -> None:
     """Raises MissingShardError or WrongBaseError where the weights are not those that config.json describes."""
     layer = {f"self_attn.{name}": shape.linear(name)[::-1] for name in LINEAR_LAYERS[:4]}
     layer |= {f"mlp.{name}": shape.linear(name)[::-1] for name in LINEAR_LAYERS[4:]}

@@ -1,0 +1,10 @@
+"""Making the model itself smaller: pruning and low rank. An extra, which nothing of the rest imports."""
+
+from llamanb.quiet import quiet_libraries
+
+with quiet_libraries():  # bitsandbytes speaks as soon as it is imported
+    from llamanb.shrink.factored import absorb, load_factored, write_products
+    from llamanb.shrink.low_rank import write_factored
+    from llamanb.shrink.prune import write_pruned
+
+__all__ = ["absorb", "load_factored", "write_factored", "write_products", "write_pruned"]
