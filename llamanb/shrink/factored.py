@@ -8,6 +8,7 @@ writes the products out as a plain Llama for everything that reads only those, `
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llamanb import hub
-from llamanb.architecture import from_config
+from llamanb.architecture import Architecture, from_config
 from llamanb.errors import UNREADABLE, ModelError, RecipeError
 from llamanb.export import stored
 from llamanb.export.adapter import Adapter
@@ -47,6 +48,18 @@ class Factored(nn.Module):
 def key(number: int, name: str) -> str:
     """What a linear layer is called in RANKS: `3.q_proj`."""
     return f"{number}.{name}"
+
+
+def parameters(ranks: Mapping[str, int], shape: Architecture) -> int:
+    """Of the linear layers, factored."""
+    sizes = {name: shape.linear(name) for name in LINEAR_LAYERS}
+    pairs = [(rank, *sizes[k.rpartition(".")[2]]) for k, rank in ranks.items()]
+    return sum(rank * (m + n) if rank else m * n for rank, m, n in pairs)
+
+
+def kept(ranks: Mapping[str, int], shape: Architecture) -> float:
+    """Share of the linear layers' parameters."""
+    return parameters(ranks, shape) / (shape.layers * shape.layer_linear_parameters)
 
 
 def put_factors(layer: Layer, name: str, directions: torch.Tensor, dtype: torch.dtype) -> None:
@@ -146,7 +159,11 @@ def absorb(run: Run | str | Path, folder: str | Path, to: str | Path) -> Path:
                 parts = adapter.parts(prefix + path)
                 state[path] = torch.addmm(state[path].float(), parts.up, parts.down, alpha=parts.scale)
             output.layer(state)
-        facts = facts_of(folder) | {RANKS: ranks, "adapter": str(run.saved)}
+        facts = facts_of(folder) | {
+            RANKS: ranks,
+            "kept": kept(ranks, source.checkpoint.shape),
+            "adapter": str(run.saved),
+        }
         output.finish({RANKS: ranks}, facts, f"factors, with an adapter of rank {recipe.rank} taken in")
     return Path(to)
 

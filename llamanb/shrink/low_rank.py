@@ -18,7 +18,7 @@ from llamanb.architecture import Architecture
 from llamanb.data import TrainingData
 from llamanb.errors import RecipeError
 from llamanb.recipe import LINEAR_LAYERS, Recipe
-from llamanb.shrink.factored import KIND, RANKS, key, put_factors
+from llamanb.shrink.factored import KIND, RANKS, kept, key, put_factors
 from llamanb.shrink.prune import require_share
 from llamanb.shrink.walk import CALIBRATION_ROWS, Checkpoint, Walk, calibration
 from llamanb.shrink.write import require_free, written
@@ -72,8 +72,8 @@ def write_factored(
         ranks = {
             key(i, name): _saving(rank, *shape.linear(name)) for i in range(shape.layers) for name in LINEAR_LAYERS
         }
-    kept = parameters(ranks, shape) / (shape.layers * shape.layer_linear_parameters)
-    with written(checkpoint, to, shape.layers, share=min(1.0, kept + 0.2)) as output:
+    share = kept(ranks, shape)
+    with written(checkpoint, to, shape.layers, share=min(1.0, share + 0.2)) as output:
         walk = Walk(checkpoint, recipe, rows)
         for number in range(shape.layers):
             layer = walk.layer(number)
@@ -85,13 +85,9 @@ def write_factored(
             if rows:
                 walk.advance(layer)
             output.layer(layer.state)
-        facts = {
-            "method": "whitened SVD" if whiten else "SVD",
-            "budget": budget if rank is None else None,
-            "kept": kept,
-        }
+        facts = {"method": "whitened SVD" if whiten else "SVD", "budget": None if rank else budget, "kept": share}
         facts |= {RANKS: ranks, "calibration_rows": len(rows), "calibration_tokens": sum(map(len, rows))}
-        words = f"linear layers as products of two factors, with {kept:.0%} of their parameters"
+        words = f"linear layers as products of two factors, with {share:.0%} of their parameters"
         output.finish({"model_type": KIND, "architectures": [], RANKS: ranks}, facts, words)
     return Path(to)
 
@@ -151,13 +147,6 @@ def choose_ranks(energies: Mapping[str, torch.Tensor], shape: Architecture, budg
     bought = torch.cat(owners)[order][spent <= budget * total]
     counts = torch.bincount(bought, minlength=len(keys)).tolist()
     return {k: 0 if count == most[k] else count for k, count in zip(keys, counts, strict=True)}
-
-
-def parameters(ranks: Mapping[str, int], shape: Architecture) -> int:
-    """Of the linear layers, factored."""
-    sizes = {name: shape.linear(name) for name in LINEAR_LAYERS}
-    pairs = [(rank, *sizes[k.rpartition(".")[2]]) for k, rank in ranks.items()]
-    return sum(rank * (m + n) if rank else m * n for rank, m, n in pairs)
 
 
 def _energies(walk: Walk) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ from llamanb.errors import DataError, ModelError, RecipeError
 from llamanb.recipe import LINEAR_LAYERS
 from llamanb.run import Run
 from llamanb.shrink import absorb, load_factored, write_factored, write_products
-from llamanb.shrink.factored import Factored, key
-from llamanb.shrink.low_rank import choose_ranks, outputs, parameters
+from llamanb.shrink.factored import Factored, key, parameters
+from llamanb.shrink.low_rank import choose_ranks, outputs
 from llamanb.shrink.write import facts_of
 from tests.adapted import adapted_run
 from tests.checkpoints import make_checkpoint
