@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from llamanb.architecture import Architecture
+from llamanb.card import Card
 from llamanb.data import TrainingData
 from llamanb.errors import RecipeError
 from llamanb.recipe import LINEAR_LAYERS, Recipe
@@ -36,11 +37,12 @@ def write_factored(
     whiten: bool = True,
     data: TrainingData | None = None,
     calibration_rows: int = CALIBRATION_ROWS,
+    card: Card | None = None,
 ) -> Path:
     """Factors the linear layers of the recipe's checkpoint, a layer at a time; `load_factored` loads the result.
 
     Args:
-        recipe: whose `model` is factored, in its `precision`, on the card at hand.
+        recipe: whose `model` is factored, in its `precision`.
         to: the folder to make.
         budget: share of the linear layers' parameters that stays; between 0 and 1. Each direction goes to the matrix
             where a parameter keeps most of the outputs' energy; a matrix that would be no smaller as a product stays.
@@ -48,6 +50,7 @@ def write_factored(
         whiten: weighs what is lost by the calibration rows' inputs.
         data: from `load_data(recipe)`; needed to whiten.
         calibration_rows: how many of its rows to train on.
+        card: to compute on; None: the one at hand.
 
     Returns the folder, whose shrink.json has the ranks.
 
@@ -67,14 +70,14 @@ def write_factored(
     require_free(to)
     shape = checkpoint.shape
     if rank is None:
-        ranks = choose_ranks(_energies(Walk(checkpoint, recipe, rows)), shape, budget)
+        ranks = choose_ranks(_energies(Walk(checkpoint, recipe, rows, card)), shape, budget)
     else:
         ranks = {
             key(i, name): _saving(rank, *shape.linear(name)) for i in range(shape.layers) for name in LINEAR_LAYERS
         }
     share = kept(ranks, shape)
     with written(checkpoint, to, shape.layers, share=min(1.0, share + 0.2)) as output:
-        walk = Walk(checkpoint, recipe, rows)
+        walk = Walk(checkpoint, recipe, rows, card)
         for number in range(shape.layers):
             layer = walk.layer(number)
             inputs = walk.measure(layer, products=True) if whiten else {}
@@ -105,17 +108,24 @@ def outputs(weight: torch.Tensor, inputs: torch.Tensor | None, rank: int = 0) ->
     out, width = exact.shape
     if out <= width:
         seen = exact if inputs is None else exact @ inputs.to(exact.dtype)
-        energies, directions = torch.linalg.eigh(seen @ exact.T)
-        directions = directions.flip(1)[:, :rank]
+        energies, directions = _main(seen @ exact.T, rank)
     else:  # the narrower side, and from there to the outputs
         seen = exact
         if inputs is not None:
             products = inputs.to(exact.dtype)
             products = products + DAMPING * products.diagonal().mean() * torch.eye(width).to(products)
             seen = exact @ torch.linalg.cholesky(products)
-        energies, vectors = torch.linalg.eigh(seen.T @ seen)
-        directions = torch.linalg.qr(seen @ vectors.flip(1)[:, :rank]).Q
-    return energies.flip(0).clamp(min=0).float(), directions.float()
+        energies, vectors = _main(seen.T @ seen, rank)
+        directions = torch.linalg.qr(seen @ vectors).Q
+    return energies.clamp(min=0).float(), directions.float()
+
+
+def _main(products: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, largest first, and the first `rank` eigenvectors."""
+    if not rank:  # much quicker
+        return torch.linalg.eigvalsh(products).flip(0), products[:, :0]
+    energies, vectors = torch.linalg.eigh(products)
+    return energies.flip(0), vectors.flip(1)[:, :rank]
 
 
 def choose_ranks(energies: Mapping[str, torch.Tensor], shape: Architecture, budget: float) -> dict[str, int]:

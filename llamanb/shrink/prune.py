@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llamanb.architecture import Architecture
+from llamanb.card import Card
 from llamanb.data import TrainingData
 from llamanb.errors import RecipeError
 from llamanb.recipe import LINEAR_LAYERS, Recipe
@@ -46,17 +47,19 @@ def write_pruned(
     pattern: str | None = None,
     data: TrainingData | None = None,
     calibration_rows: int = CALIBRATION_ROWS,
+    card: Card | None = None,
 ) -> Path:
     """Prunes the recipe's checkpoint, a layer at a time, and writes the result as a plain Llama.
 
     Args:
-        recipe: whose `model` is pruned, in its `precision`, on the card at hand.
+        recipe: whose `model` is pruned, in its `precision`.
         to: the folder to make.
         method: one of METHODS.
         sparsity: share of the weights, layers, channels or heads that go; between 0 and 1.
         pattern: `2:4` leaves two of four weights in a row, the pattern that some GPUs have a kernel for; at 0.5 only.
         data: from `load_data(recipe)`; what MEASURED methods calibrate on.
         calibration_rows: how many of its rows to train on.
+        card: to compute on; None: the one at hand.
 
     Returns the folder, whose shrink.json says what went.
 
@@ -76,7 +79,7 @@ def write_pruned(
     facts |= {"calibration_rows": len(rows), "calibration_tokens": sum(map(len, rows))}
     changes, layers = {}, range(checkpoint.shape.layers)
     if method == "layers":
-        facts["influence"] = influence = influences(checkpoint, recipe, rows)
+        facts["influence"] = influence = influences(Walk(checkpoint, recipe, rows, card))
         layers = sorted(sorted(layers, key=influence.__getitem__, reverse=True)[:kept])
         facts["kept"], changes = layers, {"num_hidden_layers": kept}
     elif method == "channels":
@@ -86,7 +89,7 @@ def write_pruned(
         changes = {"num_key_value_heads": kept, "num_attention_heads": kept * group}
         changes["head_dim"] = checkpoint.shape.head_size  # no longer what the hidden size says
     with written(checkpoint, to, len(layers)) as output:
-        walk = Walk(checkpoint, recipe, rows if method != "layers" else ())
+        walk = Walk(checkpoint, recipe, rows if method != "layers" else (), card)
         threshold = _threshold(walk, sparsity) if method == "magnitude-global" else None
         zeros = total = 0
         for number in layers:
@@ -109,10 +112,9 @@ def write_pruned(
     return Path(to)
 
 
-def influences(checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]) -> list[float]:
+def influences(walk: Walk) -> list[float]:
     """How much each decoder layer changes what goes through it, in the whole model: see `Walk.advance`."""
-    walk = Walk(checkpoint, recipe, rows)
-    return [walk.advance(walk.layer(number)) for number in range(checkpoint.shape.layers)]
+    return [walk.advance(walk.layer(number)) for number in range(walk.checkpoint.shape.layers)]
 
 
 def _drop(weight: torch.Tensor, inputs: torch.Tensor | None, sparsity: float, pattern: str | None, threshold):
@@ -122,7 +124,7 @@ def _drop(weight: torch.Tensor, inputs: torch.Tensor | None, sparsity: float, pa
     if threshold is not None:
         return scores <= threshold
     groups = scores.reshape(-1, 4) if pattern else scores.reshape(1, -1) if inputs is None else scores
-    smallest = groups.topk(round(sparsity * groups.shape[1]), dim=1, largest=False).indices
+    smallest = groups.topk(round(sparsity * groups.shape[1]), dim=1, largest=False, sorted=False).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, smallest, True).view_as(weight)
 
 

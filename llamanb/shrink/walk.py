@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from llamanb import hub
 from llamanb.architecture import Architecture, from_config
+from llamanb.card import Card
 from llamanb.data import TrainingData
 from llamanb.errors import DataError, ModelError
 from llamanb.export import stored
@@ -122,12 +123,15 @@ class Walk:
 
     Args:
         checkpoint: whose layers are visited.
-        recipe: says in which precision, on the card at hand.
+        recipe: says in which precision.
         rows: token ids of the calibration rows; none where nothing is measured.
+        card: another card than the one at hand, as it pretends to be.
     """
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, rows: Iterable[list[int]] = ()):
-        made = plan(recipe, force=True)
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, rows: Iterable[list[int]] = (), card: Card | None = None
+    ):
+        made = plan(recipe, card, force=True)
         attention.register()
         self.checkpoint = checkpoint
         self.device = torch.device("cuda" if made.card.is_gpu else "cpu")

@@ -1,0 +1,235 @@
+"""Making a model smaller: the long grid on the tiny Llama, and what 1B and 8B take on a card of 16 GB.
+
+    python -m benchmarks.shrink tiny OUT            (a CPU will do: under an hour; writes OUT/table.md, OUT/shrink.png)
+    python -m benchmarks.shrink gpu 1b|8b FOLDER    (a GPU; 8b: 60 GB of disk; FOLDER/SIZE.jsonl goes on where it was)
+    python -m benchmarks.shrink report FOLDER
+
+`gpu` makes a checkpoint of random weights in the published shape and, each in a process of its own on a pretend T4
+(14.40 GiB for torch's allocator), prunes and factors it, reporting seconds, the peak of the allocator and host memory;
+then trains the layer-pruned one in nf4 and holds its peaks against the plan. `mini` is a model for trying the script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from benchmarks.memory import train_and_watch
+from llamanb import Card, Recipe, load_data, plan, shrink
+from llamanb.card import gpu_in_use
+from llamanb.html import Table
+from llamanb.layout import GIB
+from llamanb.shrink.summary import Row, Shrunken
+
+TENTHS = " ".join(f"0.{n}" for n in range(1, 10))
+LONG = (
+    f"magnitude {TENTHS}, magnitude-global {TENTHS}, wanda {TENTHS}, magnitude 2:4 0.5, wanda 2:4 0.5, "
+    f"layers 0.25 0.5 0.75, channels {TENTHS}, heads 0.5, SVD {TENTHS[4:]}, whitened SVD {TENTHS[4:]}"
+)
+RECIPE = Recipe(
+    model="tiny",
+    dataset="chats.jsonl",
+    method="lora",
+    max_length=256,
+    rank=8,
+    alpha=16.0,
+    learning_rate=5e-3,
+    effective_batch_size=16,
+    steps=40,
+    eval_rows=200,
+)
+SEEDS = 5
+NOISE = 0.01
+"""Nats by which a loss may fall from one sparsity to the next and still count as noise."""
+STRUCTURED = ("layers", "channels", "heads")
+CASES = ["magnitude", "magnitude-global", "wanda", "wanda 2:4", "channels", "heads", "SVD", "whitened SVD", "layers"]
+ROWS, LENGTH = 128, 1024
+"""Calibration rows and their tokens on a GPU."""
+
+
+def tiny(out: Path) -> None:
+    """The long grid, recovered throughout, and the comparisons that need several draws of the rows."""
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = RECIPE.replace(dataset=str(shrink.write_chats(out / "chats.jsonl", 1600)))
+    found = shrink.measure(recipe, load_data(recipe), LONG, folder=out / "variants")
+    found.picture().save(out / "shrink.png")
+    draws = [compare(seed, out) for seed in range(SEEDS)]
+    (out / "rows.json").write_text(json.dumps([dataclasses.asdict(row) for row in found.rows]), encoding="utf-8")
+    text = "\n\n".join([markdown(found.table()), markdown(draws_table(draws)), markdown(claims(found, draws))])
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def compare(seed: int, out: Path) -> dict[str, float]:
+    """Losses of rival methods at the same size, on calibration and held-out rows of one draw."""
+    from llamanb.data.encode import load_tokenizer
+    from llamanb.evaluate import evaluate
+    from llamanb.model import load_model
+    from llamanb.quiet import quiet_libraries
+    from llamanb.tiny import CHECKPOINT
+
+    rows = str(shrink.write_chats(out / f"chats-{seed}.jsonl", 1200, seed + 1))
+    recipe = RECIPE.replace(dataset=rows, eval_rows=240)
+    data = dataclasses.replace(load_data(recipe), held_out_examples=[])  # losses only
+    found, tokenizer = {}, load_tokenizer(CHECKPOINT)
+    for method in ("magnitude", "wanda", "SVD", "whitened SVD"):
+        folder = out / f"seed-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        write(method, recipe, data, folder, 0.5)
+        with quiet_libraries():
+            low_rank = "SVD" in method
+            lora = recipe.replace(model=str(folder))
+            model = shrink.load_factored(folder) if low_rank else load_model(plan(lora), tokenizer)
+            found[method] = evaluate(model, data).loss
+        shutil.rmtree(folder)
+    return found
+
+
+def write(method: str, recipe: Recipe, data, to: Path, share: float, **options) -> Path:
+    if "SVD" in method:
+        return shrink.write_factored(recipe, to, budget=share, whiten="white" in method, data=data, **options)
+    name, _, pattern = method.partition(" ")
+    return shrink.write_pruned(recipe, to, method=name, sparsity=share, pattern=pattern or None, data=data, **options)
+
+
+def draws_table(draws: list[dict[str, float]]) -> Table:
+    rows = [[seed, *(f"{loss:.4f}" for loss in draw.values())] for seed, draw in enumerate(draws)]
+    return Table(["draw of the rows", *(f"{name}, half kept: loss" for name in draws[0])], rows)
+
+
+def claims(found: Shrunken, draws: list[dict[str, float]]) -> Table:
+    """What should hold, and whether it does."""
+    rows = found.rows[1:]
+    methods: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.before:
+            methods.setdefault(row.method, []).append(row)
+    said = []
+    for method, own in methods.items():
+        falling = sorted(own, key=lambda row: row.share if "SVD" not in method else -row.share)
+        losses = [found.rows[0].before.loss, *(row.before.loss for row in falling)]
+        steps = [after - before for before, after in itertools.pairwise(losses)]
+        said.append(
+            [f"{method}: the more goes, the worse", min(steps) > -NOISE, f"smallest step {min(steps):+.4f} nats"]
+        )
+    for better, worse in (("wanda", "magnitude"), ("whitened SVD", "SVD")):
+        gains = [draw[worse] - draw[better] for draw in draws]
+        words = f"{min(gains):+.4f} to {max(gains):+.4f} nats in {len(gains)} draws"
+        said.append([f"{better} beats {worse}, half kept", min(gains) > 0, words])
+    pairs = [(one, two) for one in methods["whitened SVD"] for two in methods["SVD"] if one.share == two.share]
+    wins = sum(one.before.loss < two.before.loss for one, two in pairs)
+    said.append(["whitened SVD beats SVD at every budget", wins == len(pairs), f"{wins} of {len(pairs)}"])
+    for name, chosen in (("structured", STRUCTURED), ("other", set(methods) - set(STRUCTURED))):
+        gains = [(row.before.loss - row.after.loss, row.name) for row in rows if row.method in chosen and row.after]
+        words = (
+            f"{sum(gain > 0 for gain, _ in gains)} of {len(gains)}; least {min(gains)[0]:+.4f} nats, {min(gains)[1]}"
+        )
+        said.append([f"recovery gains on every {name} variant", min(gains)[0] > 0, words])
+    said += [[f"{row.name} was measured", False, row.failed] for row in rows if row.failed]
+    return Table(["claim", "holds", "figures"], [[what, "yes" if holds else "no", why] for what, holds, why in said])
+
+
+def markdown(table: Table) -> str:
+    lines = [table.headers, ["---"] * len(table.headers), *table.rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def gpu(size: str, folder: Path) -> None:
+    """Every case that FOLDER/SIZE.jsonl does not have yet, each in a fresh process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base, results = folder / size, folder / f"{size}.jsonl"
+    if not (base / "tokenizer.json").is_file():
+        subprocess.run([sys.executable, "-m", "tests.checkpoints", size, str(base)], check=True)
+    done = {json.loads(line)["case"] for line in results.read_text().splitlines()} if results.exists() else set()
+    for case in (case for case in [*CASES, "train"] if case not in done):
+        command = [sys.executable, "-m", "benchmarks.shrink", "case", size, str(folder), case]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        said = next((line[7:] for line in ran.stdout.splitlines() if line.startswith("RESULT ")), None)
+        line = json.loads(said) if said else {"failed": ran.stderr.strip()[-300:]}
+        with results.open("a") as file:
+            file.write(json.dumps({"case": case, **line}) + "\n")
+        print(case, line, flush=True)
+    shutil.rmtree(folder / f"{size}-layers", ignore_errors=True)
+
+
+def one_case(size: str, folder: Path, case: str) -> dict:
+    """Prunes, factors or trains in this process."""
+    import torch
+
+    is_there = gpu_in_use(torch)[0] is not None
+    card = Card.pretend("T4") if is_there else None
+    recipe = Recipe(model=str(folder / size), max_length=LENGTH, effective_batch_size=2, micro_batch_size=1, rank=16)
+    kept = folder / f"{size}-layers"
+    if case == "train":
+        return trained(recipe.replace(model=str(kept)), card)
+    to = kept if case == "layers" else folder / "out"
+    for path in (kept, folder / "out") if case != "layers" else (kept,):
+        shutil.rmtree(path, ignore_errors=True)
+    vocabulary = json.loads((folder / size / "config.json").read_text())["vocab_size"]
+    numbers = random.Random(0)
+    rows = [SimpleNamespace(input_ids=[numbers.randrange(vocabulary) for _ in range(LENGTH)]) for _ in range(ROWS)]
+    begin_s = time.monotonic()
+    share = 0.25 if case == "layers" and size != "mini" else 0.5
+    write(case, recipe, SimpleNamespace(train=rows), to, share, card=card)
+    facts = json.loads((to / "shrink.json").read_text())
+    if case != "layers":
+        shutil.rmtree(to)
+    return {
+        "device": torch.cuda.get_device_name() if is_there else "CPU",
+        "share": share,
+        "took_s": round(time.monotonic() - begin_s, 1),
+        "peak_gib": facts["peak_gpu_gib"],
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if is_there else None,
+        "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "gb": facts["bytes"] / 1e9,
+    }
+
+
+def trained(recipe: Recipe, card: Card | None) -> dict:
+    """The peaks of a training against its plan; without a GPU only the plan for a T4."""
+    made = plan(recipe, card or "T4", force=True)
+    planned = {part: round(size / GIB, 4) for part, size in made.memory.parts.items()}
+    planned |= {"allocated": round(made.memory.allocated / GIB, 4), "reserved": round(made.needs_gib, 4)}
+    measured = train_and_watch(made, 3)["measured"] if card else {}
+    off = {part: round(measured[part] / planned[part] - 1, 4) for part in planned if measured.get(part)}
+    return {"planned": planned, "measured": measured, "off": off}
+
+
+def report(folder: Path) -> None:
+    for results in sorted(folder.glob("*.jsonl")):
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
+        names = ("share", "took_s", "peak_gib", "reserved_gib", "host_gib", "gb", "failed")
+        shown = [
+            [line["case"], *(_short(line.get(name)) for name in names)] for line in lines if line["case"] != "train"
+        ]
+        print(f"\n{results.stem}\n\n{markdown(Table(['case', *names], shown))}")
+        for line in lines:
+            if "planned" in line:
+                rows = [[p, v, line["measured"].get(p, ""), line["off"].get(p, "")] for p, v in line["planned"].items()]
+                print("\n" + markdown(Table(["layer-pruned, trained", "planned GiB", "measured", "off"], rows)))
+
+
+def _short(value: object) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["tiny"]:
+        tiny(Path(sys.argv[2]).absolute())
+    elif sys.argv[1:2] == ["gpu"]:
+        gpu(sys.argv[2], Path(sys.argv[3]).absolute())
+    elif sys.argv[1:2] == ["case"]:
+        print("RESULT", json.dumps(one_case(sys.argv[2], Path(sys.argv[3]), sys.argv[4])), flush=True)
+    elif sys.argv[1:2] == ["report"]:
+        report(Path(sys.argv[2]))
+    else:
+        sys.exit(__doc__)
