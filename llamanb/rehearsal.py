@@ -149,7 +149,7 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...], enough_s: flo
             others = torch.cuda.memory_allocated() - round(2 * plan.card.workspace_mib * 2**20)
             model = load_model(small, tokenizer, replace(shape, layers=len(layers)))
             if recipe.adapters:
-                model = attach_adapters(model, recipe)
+                model = attach_adapters(model, recipe, start=False)
             torch.cuda.empty_cache()  # what loading took is not what a real checkpoint takes
             torch.cuda.reset_peak_memory_stats()
             trainer = build_trainer(small, model, data, Path(folder), [])

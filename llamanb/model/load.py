@@ -20,6 +20,7 @@ from llamanb.layout import Plan
 from llamanb.memory import segments_grow
 from llamanb.model import attention
 from llamanb.model.layers import lay_out
+from llamanb.model.start import load_start
 from llamanb.recipe import Recipe
 
 REPEATED = 10_000_019
@@ -82,8 +83,9 @@ def weights_dtype(plan: Plan) -> torch.dtype:
     return DTYPES[plan.dtype] if plan.recipe.adapters else torch.float32
 
 
-def attach_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """New LoRA adapters in fp32 on the recipe's layers; the same seed gives the same adapters."""
+def attach_adapters(model: PreTrainedModel, recipe: Recipe, *, start: bool = True) -> PeftModel:
+    """New LoRA adapters in fp32 on the recipe's layers; the same seed gives the same adapters. They `start` from those
+    that the checkpoint brings, where it brings some (start.py)."""
     torch.manual_seed(recipe.seed)
     adapted = get_peft_model(model, lora_config(recipe))
     for parameter in adapted.parameters():
@@ -92,6 +94,8 @@ def attach_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     # What a person needs to find the base again is its name, not where this machine keeps it
     adapted.peft_config["default"].base_model_name_or_path = recipe.model
     adapted.peft_config["default"].revision = recipe.revision
+    if start:
+        load_start(adapted, recipe)
     return adapted
 
 

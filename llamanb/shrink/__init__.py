@@ -8,6 +8,7 @@ with quiet_libraries():  # bitsandbytes speaks as soon as it is imported
     from llamanb.shrink.low_rank import write_factored
     from llamanb.shrink.prune import write_pruned
     from llamanb.shrink.speed import try_two_of_four
+    from llamanb.shrink.start import write_start
     from llamanb.shrink.starter import starter, write_chats
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "write_factored",
     "write_products",
     "write_pruned",
+    "write_start",
 ]

@@ -172,8 +172,9 @@ class _Job:
         elif ranked:
             model = load_factored(folder, DTYPES[made.dtype], "cuda" if made.card.is_gpu else "cpu")
         else:
-            unquantized = self.recipe.replace(model=str(folder), method="lora")
-            model = load_model(plan(unquantized, force=True), self.data.tokenizer).eval()
+            recipe = self.recipe.replace(model=str(folder))
+            recipe = recipe if recipe.adapters else recipe.replace(method="lora")
+            model = load_model(plan(recipe, force=True), self.data.tokenizer).eval()
         loaded_s = time.monotonic() - begin_s
         storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in model.parameters()}
         scores, speed = evaluate(model, self.data), tokens_per_s(model, self.data)

@@ -202,7 +202,7 @@ def _kept(method: str, sparsity: float, shape: Architecture) -> int:
 def require_share(name: str, value: float) -> None:
     """Raises RecipeError for what is not between 0 and 1."""
     if not isinstance(value, int | float) or not 0 < value < 1:
-        why = "it is a share: of 0 nothing would change, and of 1 nothing be left"
+        why = "it is a share: at one end nothing would change, at the other nothing be left"
         raise RecipeError(f"{name} = {value!r} is not possible", why, f"{name} = 0.5, or another between 0 and 1")
 
 

@@ -105,7 +105,7 @@ class Layer:
         return getattr(self.module.self_attn if name in LINEAR_LAYERS[:4] else self.module.mlp, name)
 
     def stored(self, name: str) -> torch.Tensor:
-        return self.state[_path(name)]
+        return self.state[path_of(name)]
 
     def weight(self, name: str) -> torch.Tensor:
         """(out, in) of one of LINEAR_LAYERS in fp32, on the device."""
@@ -114,7 +114,7 @@ class Layer:
     def put(self, name: str, weight: torch.Tensor) -> None:
         """Gives one of LINEAR_LAYERS another weight, which may be smaller; in the dtype and place of the stored one."""
         there = self.linear(name).weight
-        self.state[_path(name)] = weight
+        self.state[path_of(name)] = weight
         self.linear(name).weight = torch.nn.Parameter(weight.to(there.device, there.dtype), requires_grad=False)
 
 
@@ -211,5 +211,6 @@ class Walk:
                 batch = []
 
 
-def _path(name: str) -> str:
+def path_of(name: str) -> str:
+    """Name of a linear layer's weight within its decoder layer."""
     return f"{'self_attn' if name in LINEAR_LAYERS[:4] else 'mlp'}.{name}.weight"

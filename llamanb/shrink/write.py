@@ -113,7 +113,7 @@ def written(checkpoint: Checkpoint, to: str | Path, layers: int, share: float = 
         if not is_free:
             raise RecipeError(f"{target} is being made by another process", f"it holds {aside}", "wait for it")
         for path in aside.iterdir():  # of a try that did not come to its end
-            path.unlink()
+            path.unlink() if path.is_file() else shutil.rmtree(path)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -121,7 +121,7 @@ def written(checkpoint: Checkpoint, to: str | Path, layers: int, share: float = 
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        for path in (*aside.iterdir(), aside):
+        for path in (*aside.rglob("*"), aside):
             flush(path)
         aside.rename(target)
         flush(target.parent)

@@ -74,7 +74,7 @@ def test_a_name_is_the_same_whatever_was_imported_before():
         ("matplotlib", ("plots", "tradeoffs_picture", "shrink/picture")),
         ("bitsandbytes", ("model", "training", "export")),
         ("trl", ("training",)),
-        ("peft", ("model",)),
+        ("peft", ("model", "shrink/start")),
         ("gguf", ("export",)),
         ("datasets", ("data", "training", "quiet")),
         ("huggingface_hub", ("hub", "export/upload")),

@@ -151,18 +151,17 @@ def losses(tmp_path_factory):
     folder = tmp_path_factory.mktemp("losses")
     draws = []
     for seed in (1, 2):
-        recipe = Recipe(
-            model="tiny", dataset=str(shrink.write_chats(folder / f"{seed}.jsonl", 600, seed)), eval_rows=96
-        )
-        draws.append((recipe, dataclasses.replace(load_data(recipe.replace(max_length=256)), held_out_examples=[])))
+        rows = shrink.write_chats(folder / f"{seed}.jsonl", 600, seed)
+        recipe = Recipe(model="tiny", dataset=str(rows), max_length=256, eval_rows=96)
+        draws.append((recipe, load_data(recipe)))
 
     def loss(method: str, share: float) -> float:
         found = []
         for recipe, data in draws:
             shutil.rmtree(folder / "out", ignore_errors=True)
-            to = bench.write(method, recipe.replace(max_length=256), data, folder / "out", share, calibration_rows=48)
+            to = bench.write(method, recipe, data, folder / "out", share, calibration_rows=48)
             model = shrink.load_factored(to) if "SVD" in method else dense(to)
-            found.append(evaluate(model, data).loss)
+            found.append(bench.loss_of(model, data))
         return sum(found) / len(found)
 
     return loss
