@@ -1,6 +1,6 @@
 """Making a model smaller: the long grid on the tiny Llama, and what 1B and 8B take on a card of 16 GB.
 
-    python -m benchmarks.shrink tiny OUT            (a CPU will do: under an hour; writes OUT/table.md, OUT/shrink.png)
+    python -m benchmarks.shrink tiny OUT            (a CPU will do: under an hour; OUT/tiny.json, shrink.png)
     python -m benchmarks.shrink gpu 1b|8b FOLDER    (a GPU; 8b: 60 GB of disk; FOLDER/SIZE.jsonl goes on where it was)
     python -m benchmarks.shrink report FOLDER
 
@@ -52,6 +52,7 @@ NOISE = 0.01
 """Nats by which a loss may fall from one sparsity to the next and still count as noise."""
 STRUCTURED = ("layers", "channels", "heads")
 CASES = ["magnitude", "magnitude-global", "wanda", "wanda 2:4", "channels", "heads", "SVD", "whitened SVD", "layers"]
+RESULTS = "tiny.json"
 ROWS, LENGTH = 128, 1024
 """Calibration rows and their tokens on a GPU."""
 
@@ -63,10 +64,9 @@ def tiny(out: Path) -> None:
     found = shrink.measure(recipe, load_data(recipe), LONG, folder=out / "variants")
     found.picture().save(out / "shrink.png")
     draws = [compare(seed, out) for seed in range(SEEDS)]
-    (out / "rows.json").write_text(json.dumps([dataclasses.asdict(row) for row in found.rows]), encoding="utf-8")
-    text = "\n\n".join([markdown(found.table()), markdown(draws_table(draws)), markdown(claims(found, draws))])
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    results = {"rows": [dataclasses.asdict(row) for row in found.rows], "draws": draws, "card": found.card}
+    (out / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+    report(out)
 
 
 def compare(seed: int, out: Path) -> dict[str, float]:
@@ -140,11 +140,14 @@ def claims(found: Shrunken, draws: list[dict[str, float]]) -> Table:
     wins = sum(one.before.loss < two.before.loss for one, two in pairs)
     said.append(["whitened SVD beats SVD at every budget", wins == len(pairs), f"{wins} of {len(pairs)}"])
     for name, chosen in (("structured", STRUCTURED), ("other", set(methods) - set(STRUCTURED))):
-        gains = [(row.before.loss - row.after.loss, row.name) for row in rows if row.method in chosen and row.after]
-        words = (
-            f"{sum(gain > 0 for gain, _ in gains)} of {len(gains)}; least {min(gains)[0]:+.4f} nats, {min(gains)[1]}"
-        )
-        said.append([f"recovery gains on every {name} variant", min(gains)[0] > 0, words])
+        own = [row for row in rows if row.method in chosen and row.after]
+        gains = {row.name: row.before.loss - row.after.loss for row in own}
+        lossy = [row.name for row in own if row.before.loss - found.rows[0].before.loss > NOISE]
+        least, lost = min(lossy, key=gains.get), min(gains, key=gains.get)
+        words = f"{sum(gains[one] > 0 for one in lossy)} of {len(lossy)}; least {gains[least]:+.4f} nats, {least}"
+        said.append([f"recovery gains on every {name} variant that lost {NOISE} nats", gains[least] > 0, words])
+        words = f"most {gains[lost]:+.4f} nats, {lost}"
+        said.append([f"recovery costs no {name} variant {NOISE} nats", gains[lost] > -NOISE, words])
     said += [[f"{row.name} was measured", False, row.failed] for row in rows if row.failed]
     return Table(["claim", "holds", "figures"], [[what, "yes" if holds else "no", why] for what, holds, why in said])
 
@@ -216,6 +219,12 @@ def trained(recipe: Recipe, card: Card | None) -> dict:
 
 
 def report(folder: Path) -> None:
+    """Everything that a folder has results of, as Markdown."""
+    if (folder / RESULTS).exists():
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        found = Shrunken([Row.from_dict(row) for row in results["rows"]], results["card"])
+        draws = results["draws"]
+        print("\n\n".join(map(markdown, (found.table(), draws_table(draws), claims(found, draws)))))
     for results in sorted(folder.glob("*.jsonl")):
         lines = [json.loads(line) for line in results.read_text().splitlines()]
         names = ("share", "took_s", "peak_gib", "reserved_gib", "host_gib", "gb", "failed")

@@ -125,14 +125,14 @@ class _Job:
             folder = self._write(row, place / "model")
             row = dataclasses.replace(row, before=self._state(folder))
             yield row
-            trained = folder
-            if row.method in SVDS:  # adapters are trained on the products, which are as large as the dense model
-                trained = write_products(folder, place / "products")
-            recipe = self.recipe.replace(model=str(trained))
-            planned = plan(recipe, self.card, self.data, force=True).needs_gib
+            factored, recipe = row.method in SVDS, self.recipe.replace(model=str(folder))
+            # Adapters of a factored model are trained on its products, which are as large as the dense model
+            planned = plan(self.recipe if factored else recipe, self.card, self.data, force=True).needs_gib
             row = dataclasses.replace(row, planned_gib=planned)
             yield row
             if self.recover:
+                if factored:
+                    recipe = recipe.replace(model=str(write_products(folder, place / "products")))
                 yield dataclasses.replace(row, **self._recovered(row, recipe, folder, place))
         except LlamanbError as error:
             yield dataclasses.replace(row, failed=f"{error.what}: {error.why}")
