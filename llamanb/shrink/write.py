@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from llamanb import REPOSITORY, __version__, hub
+from llamanb import __version__, hub
 from llamanb.errors import DiskFullError, ModelError, RecipeError
-from llamanb.export.describe import TOKENIZER, licence
+from llamanb.export.describe import TOKENIZER
+from llamanb.export.model_card import CARD, MAKER, NOTICE, licence
 from llamanb.export.read import pieces, read_rows
 from llamanb.export.shards import ASIDE, free_bytes, write_safetensors
 from llamanb.export.stored import INDEX
@@ -78,7 +79,9 @@ class Output:
         gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
         made = {"took_s": round(time.monotonic() - self._begin_s, 1), "peak_gpu_gib": gpu}
         self._json(FACTS, {"llamanb": __version__, "model": source.name, **facts, **made, "bytes": self._size})
-        (self.aside / "README.md").write_text(_card(source.name, words), encoding="utf-8")
+        (self.aside / CARD).write_text(_card(source.name, words), encoding="utf-8")
+        if (known := licence(source.name)) and known.notice:
+            (self.aside / NOTICE).write_text(f"{known.notice}\n", encoding="utf-8")
 
     def _write(self, number: int, shapes: dict[str, tuple[int, ...]], rows) -> None:
         name = f"model-{number + 1:05d}-of-{self.layers + 1:05d}.safetensors"
@@ -148,9 +151,10 @@ def facts_of(folder: str | Path) -> dict:
 
 def _card(name: str, words: str) -> str:
     known, on_the_hub = licence(name), hub.is_name(name) and name != "tiny"
-    header = ["---", *([f"base_model: {name}"] if on_the_hub else []), *([f"license: {known[0]}"] if known else [])]
+    header = ["---", *([f"base_model: {name}"] if on_the_hub else []), *([f"license: {known.tag}"] if known else [])]
     header += ["library_name: transformers", "tags: [llamanb, llama]", "---"]
-    terms = f"Built with Llama. Under the {known[1]}, as its base is (https://llama.com/license)." if known else ""
     title = " ".join(name.split("/")[-1].replace("`", "'").split())
-    text = f"Made from `{title}` with [llamanb]({REPOSITORY}) {__version__}: {words}. `{FACTS}` has the figures."
-    return "\n".join([*header, f"# `{title}`, made smaller", "", text, "", terms or "The base's licence holds.", ""])
+    terms = f"{known.built_with}. " if known and known.built_with else ""
+    terms += f"Under the licence of its base: {known.name} {known.page}" if known else "Its base's licence holds."
+    text = f"Made from `{title}` with {MAKER}: {words}. `{FACTS}` has the figures."
+    return "\n".join([*header, f"# `{title}`, made smaller", "", text, "", terms.rstrip(), ""])

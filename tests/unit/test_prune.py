@@ -157,7 +157,7 @@ def test_a_fresh_process_loads_what_was_written_as_a_plain_llama(prune, tmp_path
         assert written < 0.95 * (tiny.CHECKPOINT / "model.safetensors").stat().st_size
         assert facts_of(folder)["bytes"] == pytest.approx(written, rel=0.01)
         model = AutoModelForCausalLM.from_pretrained(folder)
-        assert "llamanb" in (folder / "README.md").read_text()
+        assert "license: apache-2.0" in (folder / "README.md").read_text()
         assert sum(p.numel() for p in model.parameters()) * 2 == facts_of(folder)["bytes"]
 
 
@@ -240,6 +240,15 @@ def test_biases_are_refused(prune, tmp_path):
     base = make_checkpoint("mini", tmp_path / "biased", attention_bias=True)
     with pytest.raises(ModelError, match="has biases"):
         prune(model=base)
+
+
+def test_meta_s_licence_goes_along(prune, tmp_path):
+    base = make_checkpoint("mini", tmp_path / "Llama-3.2-1B")
+    folder = prune(model=base, method="magnitude")
+    card = (folder / "README.md").read_text()
+    assert "license: llama3.2" in card
+    assert "Built with Llama. Under the licence of its base: Llama 3.2 Community License https://" in card
+    assert (folder / "NOTICE").read_text().startswith("Llama 3.2 is licensed under the Llama 3.2 Community License")
 
 
 def test_rows_of_uneven_length_count_as_if_each_went_alone(mini, monkeypatch):
