@@ -195,9 +195,8 @@ def test_pressed_at_any_moment(kernel, whole, number):
 
 
 def test_memory_stays_what_it_is(kernel, monkeypatch):
-    """Cells that run out of memory and recover, are interrupted and go on, again and again in one kernel: its resident
-    memory, once Python and the C library have given back what they can, in the last cycles and in those after a warm-up,
-    in which caches fill."""
+    """Cells that run out of memory and recover, are interrupted and go on, again and again in one kernel: what it holds
+    in memory at the end, against what it held after a warm-up, in which caches fill."""
     recipe = kernel.plan.recipe.replace(steps=3, dropout=0.0, learning_rate=1e-4, checkpoint_every_steps=1)
     plain, whole, held = plan(recipe, kernel.plan.card), {}, []
     plans = plain, plain.replace(fused=True, layers=(STORED,) * 4)
@@ -205,9 +204,8 @@ def test_memory_stays_what_it_is(kernel, monkeypatch):
         whole[one.fused] = kernel.session(f"whole-{one.fused}", one)
     for number, (place, error, one) in zip(range(WARM_UP + CYCLES), cycle(product(PLACES_OF_LACK, ERRORS, plans))):
         with monkeypatch.context() as patch:
-            first = (
-                3 - one.fused if place in ("forward", "backward") else 1
-            )  # of the first step; before it is the probe
+            # Of the first step, after the probe's
+            first = 3 - one.fused if place in ("forward", "backward") else 1
             lack = NoMemory(patch, place, first, error)
             inject(patch, Presses(step=2, times=1 + number // 2 % 2))
             kernel.session("again", one)
@@ -226,6 +224,7 @@ def test_memory_stays_what_it_is(kernel, monkeypatch):
 
 
 def resident_mib() -> float:
+    """Of this process, once Python and the C library have given back what they can."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss / 2**20
