@@ -53,7 +53,7 @@ DRAWN = PLACES if COUNT >= 100 else random.Random(SEED).sample(PLACES, 5)
 
 PLACES_OF_LACK = ("forward", "backward", "optimizer", "evaluation", "save")
 CYCLES = 2 * COUNT
-WARM_UP = max(10, CYCLES // 10)
+WARM_UP = max(10, CYCLES // 50)
 
 
 class Kernel:
