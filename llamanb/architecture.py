@@ -21,6 +21,8 @@ from llamanb.recipe import LINEAR_LAYERS, Recipe
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 """What bitsandbytes writes into a checkpoint."""
+BLOCK = 64
+"""Weights that share a constant in bitsandbytes' 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ def from_config(fields: Mapping[str, Any], name: str) -> Architecture:
     )
 
 
-def require_method(model: Architecture, recipe: Recipe) -> None:
-    """Raises ModelError where a checkpoint is quantized already, and otherwise than the recipe's method asks."""
+def require_method(model: Architecture, recipe: Recipe, gpu: bool = True) -> None:
+    """Raises ModelError where a checkpoint is quantized already, and otherwise than the recipe's method asks; and where
+    it would be computed with other weights than it has, which a CPU does to some in 4 bits."""
     if model.quantization is not None and model.quantization != recipe.quantization:
         raise ModelError(
             f"{model.name} is already quantized ({model.quantization}), and method = {recipe.method!r} asks for "
@@ -145,6 +148,18 @@ def require_method(model: Architecture, recipe: Recipe) -> None:
             "quantized weights cannot be turned into other ones without loss",
             f"method = 'qlora-{model.quantization}', or the 16-bit checkpoint it was made from",
         )
+    if not gpu and (odd := odd_widths(model)) and recipe.quantization in ("nf4", "fp4"):
+        raise ModelError(
+            f"a CPU cannot compute with {model.name} in 4 bits (method = {recipe.method!r})",
+            f"its rows are {odd} wide; where that is no multiple of {BLOCK}, bitsandbytes' product on a CPU takes the "
+            "wrong constants",
+            "method = 'lora' and 16-bit weights, or a GPU",
+        )
+
+
+def odd_widths(model: Architecture) -> str:
+    """Widths of linear layers that are no whole number of 4-bit blocks."""
+    return ", ".join(str(width) for width in sorted({model.linear(n)[0] for n in LINEAR_LAYERS}) if width % BLOCK)
 
 
 def _quantization(config: Any, name: str) -> str | None:

@@ -66,14 +66,14 @@ def plan(
         DoesNotFitError: with the smallest changes that would fit.
         GpuError: the card is not known, or cannot compute what the recipe asks for.
         RecipeError: rows longer than the model's positions.
-        ModelError: no such model, or one that is no Llama.
+        ModelError: no such model, or one that is no Llama, or that the recipe's method cannot take here.
     """
     if card is None and host_gib is None:
         host_gib = min(host_memory()[1:])
     card = Card.known(card) if isinstance(card, str) else card or Card.here()
     card = card if host_gib is None else replace(card, host_gib=host_gib)
     model = architecture(recipe.model, recipe.revision)
-    require_method(model, recipe)
+    require_method(model, recipe, card.is_gpu)
     if _length(recipe, data) > model.max_positions and not force:
         raise RecipeError(
             f"max_length = {recipe.max_length}", f"{model.name} has {model.max_positions} positions", "set it lower"

@@ -1,14 +1,28 @@
-"""Faults that tests put into a training, through what `build_trainer` makes: numbers that are not finite, a GradScaler
-where there is no GPU, interrupts."""
+"""Faults that tests put into a training: numbers that are not finite, a GradScaler where there is no GPU, interrupts,
+memory that runs out."""
 
 from __future__ import annotations
 
+import gc
 import signal
+import sys
+import weakref
 
 import torch
-from transformers import TrainerCallback
+from accelerate import Accelerator
+from transformers import LlamaModel, TrainerCallback
 
+from llamanb.training import saves, step
 from llamanb.training import trainer as building
+
+ERRORS = {
+    "torch": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+    "cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "driver": lambda: RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+    "Triton": lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
+    "host": MemoryError,
+}
+"""Memory that has run out, in the words of those who say so."""
 
 
 def inject(patch, *faults) -> None:
@@ -132,3 +146,48 @@ class Presses(TrainerCallback):
         if state.global_step + 1 == self.step:
             for _ in range(self.times):
                 signal.raise_signal(signal.SIGINT)
+
+
+class NoMemory:
+    """Memory runs out once, at the n-th call of a place; at the next, what that try made must be gone.
+
+    Args:
+        place: "forward", "backward", "optimizer", "evaluation" or "save".
+        error: one of ERRORS.
+    """
+
+    def __init__(self, patch, place: str, number: int = sys.maxsize, error: str = ""):
+        self.calls, self.number, self.error, self.raised = 0, number, error, False
+        self.held: list[weakref.ref] = []
+        around = {
+            "forward": (step.StepTrainer, "compute_loss"),
+            "backward": (Accelerator, "backward"),
+            "optimizer": (torch.optim.AdamW, "step"),
+            "evaluation": (LlamaModel, "forward"),
+            "save": (saves, "save_file"),
+        }
+        where, name = around[place]
+        inner = getattr(where, name)
+        outer = self.within(inner, after=place in ("forward", "backward"))
+
+        def scored(model, *args, **kwargs):
+            return (inner if model.training else outer)(model, *args, **kwargs)
+
+        patch.setattr(where, name, scored if place == "evaluation" else outer)
+
+    def within(self, inner, after: bool = False):
+        def outer(*args, **kwargs):
+            if self.held:
+                gc.collect()
+                assert [one for one in self.held if one() is not None] == [], "tensors of the failed try"
+                self.held = []
+            made = inner(*args, **kwargs) if after else None
+            self.calls += 1
+            if self.calls == self.number:
+                self.raised = True
+                junk = torch.ones(3, requires_grad=True)
+                self.held += [weakref.ref(t) for t in (junk, made) if isinstance(t, torch.Tensor)]
+                raise ERRORS[self.error]()
+            return made if after else inner(*args, **kwargs)
+
+        return outer

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import bitsandbytes.functional as bnb
 import torch
 
+from llamanb.architecture import BLOCK
 from llamanb.export.read import pieces, read_rows
 from llamanb.export.stored import Stored
 from llamanb.recipe import LINEAR_LAYERS
 
-BLOCK, NESTED_BLOCK = 64, 256
-"""Weights that share a constant, and constants that share one: bitsandbytes' own sizes, which training takes."""
+NESTED_BLOCK = 256
+"""Constants that share a constant, as weights share one in BLOCK: bitsandbytes' own sizes, which training takes."""
 QUANT_STATE = ".quant_state.bitsandbytes__"
 """Between a weight's name and its kind, in checkpoints that are stored in 4 bits."""
 

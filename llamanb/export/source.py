@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from llamanb import hub
-from llamanb.architecture import Architecture, architecture, from_config
+from llamanb.architecture import BLOCK, Architecture, architecture, from_config, odd_widths
 from llamanb.errors import LlamanbError, ModelError, RecipeError
 from llamanb.export import stored
 from llamanb.export.adapter import CONFIG, Adapter
-from llamanb.export.base import BLOCK, Base
+from llamanb.export.base import Base
 from llamanb.export.model_card import noted
 from llamanb.export.stored import MissingShardError
 from llamanb.layout import Plan
@@ -117,8 +117,7 @@ def _is_stored_quantized(name: str, revision: str) -> bool:
 
 def _as_trained(plan: Plan, shape: Architecture) -> dict:
     recipe = plan.recipe
-    widths = {shape.linear(name)[0] for name in LINEAR_LAYERS}
-    if recipe.quantization in ("nf4", "fp4") and not plan.card.is_gpu and any(width % BLOCK for width in widths):
+    if recipe.quantization in ("nf4", "fp4") and not plan.card.is_gpu and odd_widths(shape):
         raise ModelError(
             "what this adapter was trained on cannot be made again",
             f"on a CPU, bitsandbytes reads past its constants where rows are no multiple of {BLOCK} wide",

@@ -20,7 +20,7 @@ from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
 from llamanb.timeline import Timeline, replace_text
 from llamanb.training.checkpoints import lock, step_of
 from llamanb.training.interrupts import uninterrupted
-from llamanb.training.resume import CHECKPOINTS, Progress, as_it_ran, pick_up, rows_hash
+from llamanb.training.resume import CHECKPOINTS, Progress, as_it_ran, pick_up, require_states, rows_hash
 from llamanb.training.second_home import bring_back, copied_to
 
 __all__ = ["CHECKPOINTS", "Run", "train"]
@@ -80,6 +80,7 @@ def train(
         if checkpoint:
             progress = _continued(checkpoint, plan, data, progress.rows)
             plan = as_it_ran(plan, checkpoint.parents[1])
+            require_states(checkpoint)
         # All that can be refused is, before any change
         base = hub.checkpoint_folder(plan.recipe.model, plan.recipe.revision)
         folder = checkpoint.parents[1].resolve() if checkpoint else new_folder(Path(runs), name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from llamanb.errors import LlamanbError
 from llamanb.model import save_model
 from llamanb.training.checkpoints import holds, step_of
-from llamanb.training.resume import CHECKPOINTS, Progress
+from llamanb.training.resume import CHECKPOINTS, Progress, require_states
 from llamanb.training.saves import CheckpointedTrainer, Saves
 
 MOST_RETURNS = 3
@@ -41,6 +41,7 @@ def _go_back(trainer: CheckpointedTrainer, saves: Saves) -> Path:
     checkpoint = next((path for path in there if step_of(path) < learned), None)
     if checkpoint is None or len(timeline.returns) == MOST_RETURNS:
         raise _error(trainer, saves, learned, checkpoint)
+    require_states(checkpoint)
     for path in there[: there.index(checkpoint)]:  # or they would be the newest
         shutil.rmtree(path, ignore_errors=True)
     saves.progress = Progress.load(checkpoint)

@@ -1,4 +1,4 @@
-"""Which run `train` goes on with, and how far that one is. Reads neither data nor torch."""
+"""Which run `train` goes on with, and how far that one is. Reads no data, and torch only to look at a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamanb.data import TrainingData
-from llamanb.errors import UNREADABLE, LlamanbError, RecipeError
+from llamanb.errors import UNREADABLE, LlamanbError, ModelError, RecipeError
 from llamanb.html import Table
 from llamanb.layout import Plan
 from llamanb.run import FINISHED, newest_folder
@@ -99,6 +99,25 @@ def as_it_ran(plan: Plan, folder: Path) -> Plan:
             kept = ("micro_batch_size", "accumulation", "layers", "memory", "time", "reasons", "alternatives")
             return plan.replace(**{name: getattr(was, name) for name in kept})
     return plan
+
+
+def require_states(checkpoint: Path) -> None:
+    """Raises ModelError where a file that torch will read there is more than states. Nothing in it runs."""
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    for path in sorted(checkpoint.glob("*.pt*")):
+        numpys = safe_globals() if path.name.startswith("rng_state") else contextlib.nullcontext()
+        try:
+            with numpys:
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # whatever comes of a file that anybody may have written
+            raise ModelError(
+                f"{path} is not what a training leaves there; nothing in it was run",
+                f"beside numbers it asks for code, or is no file of torch's ({type(error).__name__}); the manifest "
+                "vouches for it, so somebody wrote both",
+                f"find out who; or remove {checkpoint} to go on from the one before it, or resume=False for a new run",
+            ) from error
 
 
 def _nothing(why: str, resume: bool | None) -> None:

@@ -5,94 +5,28 @@ learned.
 `make faults` runs all, CI a sample.
 """
 
-import gc
 import itertools
 import json
 import os
 import random
-import sys
-import weakref
 
 import pytest
-import torch
-from transformers import LlamaModel
 
 from llamanb import Card, Recipe, load_data, plan, train
 from llamanb.run import FINISHED
 from llamanb.tape import STORED
-from llamanb.training import saves, step
 from llamanb.training.checkpoints import holds
 from llamanb.training.resume import CHECKPOINTS
+from tests.injected import ERRORS, NoMemory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ALL = int(os.environ.get("LLAMANB_KILLS", "10")) >= 500
 IN_CI = 12
 STEPS, MICRO, ACCUMULATION = 3, 2, 3
-ERRORS = {
-    "torch": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
-    "cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "driver": lambda: RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
-    "Triton": lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
-    "host": MemoryError,
-}
 SETTINGS = ("padded", "fused", "dropout")
 PLACES = ("forward", "backward", "optimizer", "evaluation", "save")
 WHICH = ("first", "middle", "last")
 CASES = list(itertools.product(SETTINGS, PLACES, WHICH, ERRORS))
-
-
-class Injected:
-    """Raises once, at the n-th call of a place, and looks whether what that try made is gone at the next."""
-
-    def __init__(self, monkeypatch, place: str, number: int = sys.maxsize, error: str = ""):
-        self.calls, self.number, self.error, self.raised = 0, number, error, False
-        self.held: list[weakref.ref] = []
-        around = {
-            "forward": (step.StepTrainer, "compute_loss"),
-            "optimizer": (torch.optim.AdamW, "step"),
-            "evaluation": (LlamaModel, "forward"),
-            "save": (saves, "save_file"),
-        }
-        if place == "backward":
-            summed = step.StepTrainer._summed
-
-            def with_backward(trainer, *args):
-                backward = trainer.accelerator.backward
-                monkeypatch.setattr(trainer.accelerator, "backward", self.within(backward, after=True))
-                try:
-                    return summed(trainer, *args)
-                finally:
-                    monkeypatch.setattr(trainer.accelerator, "backward", backward)
-
-            monkeypatch.setattr(step.StepTrainer, "_summed", with_backward)
-            return
-        where, name = around[place]
-        inner = getattr(where, name)
-        if place == "evaluation":
-
-            def scored(model, *args, **kwargs):
-                return (self.within(inner) if not model.training else inner)(model, *args, **kwargs)
-
-            monkeypatch.setattr(where, name, scored)
-        else:
-            monkeypatch.setattr(where, name, self.within(inner, after=place == "forward"))
-
-    def within(self, inner, after: bool = False):
-        def outer(*args, **kwargs):
-            if self.raised:
-                gc.collect()
-                assert [one for one in self.held if one() is not None] == [], "tensors of the failed try"
-                self.held = []
-            made = inner(*args, **kwargs) if after else None
-            self.calls += 1
-            if self.calls == self.number:
-                self.raised = True
-                junk = torch.ones(3, requires_grad=True)
-                self.held += [weakref.ref(t) for t in (junk, made) if isinstance(t, torch.Tensor)]
-                raise ERRORS[self.error]()
-            return made if after else inner(*args, **kwargs)
-
-        return outer
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +54,7 @@ def undisturbed(data, tmp_path_factory):
     found = {}
     for setting in SETTINGS:
         with pytest.MonkeyPatch.context() as patch:
-            watched = {place: Injected(patch, place) for place in PLACES}
+            watched = {place: NoMemory(patch, place) for place in PLACES}
             run = trained(setting, data, tmp_path_factory.mktemp(setting))
         found[setting] = run, {place: one.calls for place, one in watched.items()}
     return found
@@ -133,7 +67,7 @@ def test_every_lack_of_memory_is_recovered_from(data, undisturbed, tmp_path, mon
         number = {"first": 1, "middle": 1 + calls[place] // 2, "last": calls[place]}[which]
         words = f"{setting}, {place} {number} of {calls[place]}, {error}"
         with monkeypatch.context() as patch:
-            injected = Injected(patch, place, number, error)
+            injected = NoMemory(patch, place, number, error)
             run = trained(setting, data, tmp_path / str(i))
         assert injected.raised, words
         said = capsys.readouterr().out

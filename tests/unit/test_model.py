@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 
 from llamanb import Card, Recipe, plan
@@ -188,6 +189,32 @@ def test_prequantized_checkpoint_and_another_method(mini, tmp_path, method):
     with pytest.raises(ModelError, match="already quantized") as caught:
         base(tmp_path, method=method)
     assert "qlora-nf4" in caught.value.fix
+
+
+def test_4_bits_that_a_cpu_would_take_for_others_are_refused_before_anything_is_loaded(tmp_path):
+    shape = {"hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 160}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 512, **shape}))
+    recipe = Recipe(model=str(tmp_path), max_length=64)
+    for method in ("qlora-nf4", "qlora-fp4"):
+        for force in (False, True):
+            with pytest.raises(ModelError, match=r"96, 160 wide.*multiple of 64") as caught:
+                plan(recipe.replace(method=method), CPU, force=force)
+        assert "method = 'lora'" in caught.value.fix
+        assert plan(recipe.replace(method=method), "T4").fits, "a GPU takes the right constants"
+    for method in ("qlora-int8", "lora", "full"):
+        assert plan(recipe.replace(method=method), CPU)
+
+
+def test_a_cpu_does_take_them_for_others():
+    """bitsandbytes 0.50.2. Should this fail, it has been mended, and `require_method` need not refuse them any more."""
+    rounded = {}
+    for width in (96, 128):
+        rows = torch.arange(64)[:, None]
+        weight = torch.sin(7.0 * rows + torch.arange(width)) * 1.1**rows
+        back = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
+        rounded[width] = float((back - weight).norm() / weight.norm())
+    assert rounded[128] < 0.12
+    assert rounded[96] > 0.5
 
 
 def test_missing_and_truncated_weights_are_named(mini, tmp_path):

@@ -8,13 +8,15 @@ import threading
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from llamanb import Card, Recipe, load_adapter, load_data, plan, show_run, train
+from llamanb.errors import ModelError
 from llamanb.run import FINISHED
 from llamanb.training import second_home
-from llamanb.training.checkpoints import holds, newest, step_of
+from llamanb.training.checkpoints import MANIFEST, facts, holds, newest, step_of
 from llamanb.training.numbers import MOST_RETURNS, NotFiniteError
 from llamanb.training.resume import CHECKPOINTS, Progress
 from llamanb.training.saves import IN_A_ROW, WEIGHTS
@@ -97,6 +99,29 @@ def test_a_run_goes_back_and_a_later_session_goes_on_with_its_rate(made, tmp_pat
     assert more.timeline.returns == [[bad, 3]]
     assert max(s.learning_rate for s in more.timeline.steps[STEPS:]) <= RATE / 2
     assert [s.step for s in more.timeline.steps] == list(range(1, STEPS + 3))
+
+
+class Code:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('it ran')",)
+
+
+def test_it_does_not_go_back_to_what_somebody_else_wrote(made, tmp_path, monkeypatch):
+    earlier = tmp_path / "run" / CHECKPOINTS / "step-00000003"
+
+    def planted(trainer):
+        """In step 7, with a manifest that vouches for it."""
+        if trainer.state.global_step == 6:
+            torch.save(Code(), earlier / "optimizer.pt")
+            manifest = json.loads((earlier / MANIFEST).read_text())
+            manifest["files"]["optimizer.pt"] = facts(earlier / "optimizer.pt")
+            (earlier / MANIFEST).write_text(json.dumps(manifest))
+        return trainer.state.global_step >= 6
+
+    inject(monkeypatch, Value("layer", math.nan, planted))
+    with pytest.raises(ModelError, match=f"{earlier / 'optimizer.pt'} is not what"):
+        train(*made(), runs=tmp_path)
+    assert step_of(newest(earlier.parent)) == 6, "which stays"
 
 
 def test_a_second_home_goes_back_with_it(made, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from llamanb import Card, Recipe, load_adapter, load_data, plan, show_run, train
-from llamanb.errors import RecipeError
+from llamanb.errors import ModelError, RecipeError
 from llamanb.run import FINISHED, RUNNING
 from llamanb.scores import RowScore, Scores
 from llamanb.timeline import Step, Timeline
@@ -75,6 +75,10 @@ def states(run) -> list[bytes]:
     last = run.folder / CHECKPOINTS / f"step-{len(run.losses):08d}"
     assert holds(last)
     return [(last / name).read_bytes() for name in STATES]
+
+
+def files(folder) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same(run, whole) -> None:
@@ -286,7 +290,7 @@ def test_another_recipe_is_refused_with_the_difference_before_any_data_is_read(r
     changed = recipe(rank=4, learning_rate=3e-3, steps=20, checkpoint_every_steps=1)
     asked = plan(changed, CPU)
     monkeypatch.setattr("llamanb.training.load_data", None)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = files(folder)
     for resume in (None, True):
         with pytest.raises(RecipeError) as caught:
             train(asked, runs=tmp_path, resume=resume)
@@ -297,7 +301,7 @@ def test_another_recipe_is_refused_with_the_difference_before_any_data_is_read(r
         assert "rank, learning_rate decided what is trained" in error.fix
         (table,) = error.details
         assert table.rows == [["rank", 16, 4], ["steps", 8, 20], ["learning_rate", 0.01, 3e-3]]
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert files(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -378,7 +382,7 @@ def test_a_plan_that_cannot_be_read_ends_in_a_new_run(recipe, tmp_path, content,
 
 def test_a_run_that_lives_is_not_touched(recipe, tmp_path, ended, capsys):
     folder = ended(recipe(), tmp_path, 2)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = files(folder)
     p = plan(recipe(checkpoint_every_steps=1, steps=STEPS), CPU)
     with lock(folder):
         with pytest.raises(RecipeError, match="nothing to resume") as caught:
@@ -387,7 +391,7 @@ def test_a_run_that_lives_is_not_touched(recipe, tmp_path, ended, capsys):
         run = train(plan(recipe(steps=1), CPU), runs=tmp_path)
     assert run.folder.name == "run-2"
     assert "another process; beginning a new run" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert files(folder) == before
 
 
 def test_a_run_is_locked_while_it_trains_and_free_afterwards(recipe, tmp_path, monkeypatch):
@@ -671,8 +675,13 @@ def test_a_pickle_that_would_rather_run_does_not(recipe, tmp_path, ended, monkey
     manifest["files"][name] = facts(checkpoint / name)
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     assert newest(folder / CHECKPOINTS) == checkpoint
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    there = files(folder)
+    with pytest.raises(ModelError, match=name) as caught:
         train(plan(recipe(checkpoint_every_steps=1), CPU), runs=tmp_path / "runs")
+    assert str(checkpoint) in caught.value.fix
+    assert files(folder) == there, "refused before any change"
+    shutil.rmtree(checkpoint)
+    assert len(train(plan(recipe(checkpoint_every_steps=1), CPU), runs=tmp_path / "runs").losses) == STEPS
     assert not (tmp_path / "pwned").exists()
 
 
