@@ -15,7 +15,7 @@ import signal
 import statistics
 import threading
 import time
-from itertools import cycle, product
+from itertools import cycle, pairwise, product
 from pkgutil import resolve_name
 
 import psutil
@@ -218,9 +218,12 @@ def test_memory_stays_what_it_is(kernel, monkeypatch):
         shutil.rmtree(run.folder)
         del run, lack
         held.append(resident_mib())
-    first, last = statistics.median(held[WARM_UP : WARM_UP + 5]), statistics.median(held[-5:])
-    print(f"after {WARM_UP} cycles {first:.1f} MiB, {CYCLES} later {last:.1f} MiB")
-    assert last < 1.01 * first
+    part = CYCLES // 10
+    tenths = [statistics.median(held[begin : begin + part]) for begin in range(WARM_UP, WARM_UP + CYCLES, part)]
+    leak = 10 * statistics.median(now - then for then, now in pairwise(tenths))
+    print(f"{CYCLES} cycles after {WARM_UP}: {held[WARM_UP]:.1f} to {held[-1]:.1f} MiB, {leak:.1f} in small steps")
+    assert leak < 0.01 * tenths[0], "what every cycle leaves behind"
+    assert tenths[-1] < 1.03 * tenths[0], "and what the allocators below Python take at once, now and then"
 
 
 def resident_mib() -> float:
