@@ -20,7 +20,7 @@ from llamanb.training import second_home, trainer
 from llamanb.training.checkpoints import ASIDE, newest
 from llamanb.training.resume import CHECKPOINTS
 from llamanb.training.second_home import STATUS, copied_to
-from tests.unit.test_resume import same
+from tests.unit.cut_off import same
 
 CPU = Card("CPU", None)
 STEPS = 5
