@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from llamanb import show_run
+from llamanb import Card, Recipe, plan, show_run, train
 from tests.notebooks.shown import cell, noise, text
 from tests.unit.test_canary import CANARY, places
 
@@ -63,3 +63,15 @@ def test_everything_made_of_an_adapter_says_what_it_said(run_notebook, tmp_path)
     assert "merged is merged already" in text(once_more, "merge")
     assert text(once_more, "chat").startswith("you: Note: by noon, Ada")
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["after"]
+
+
+@pytest.mark.timeout(600)
+def test_a_model_that_was_trained_whole_goes_the_same_way(run_notebook, tmp_path):
+    recipe = Recipe(method="full", steps=20, max_length=128, eval_rows=8, learning_rate=1e-3)
+    run = train(plan(recipe, Card("CPU", None)), runs=tmp_path / "runs")
+    notebook = run_notebook("07_after_training", run=str(run.folder))
+    assert noise(notebook) == []
+    assert "answer" in text(notebook, "side")
+    assert (run.folder / "model-f16.gguf").is_file()
+    assert text(notebook, "again").count("8 of 8  ") == 2
+    assert "model.safetensors" in text(notebook, "push")
