@@ -52,11 +52,11 @@ class Value:
 
     def __call__(self, trainer) -> None:
         self.trainer, self.micro = trainer, 0
-        compute, step = trainer.compute_loss, trainer.training_step
+        compute, summed = trainer.compute_loss, trainer._summed
 
-        def training_step(*args, **kwargs):
+        def from_the_first(*args, **kwargs):  # of the probe too, which the first step begins with
             self.micro = 0
-            return step(*args, **kwargs)
+            return summed(*args, **kwargs)
 
         def compute_loss(*args, **kwargs):
             loss, self.micro = compute(*args, **kwargs), self.micro + 1
@@ -64,7 +64,7 @@ class Value:
                 return loss * self.value
             return loss + self.value if self.place == "loss" and self.when(trainer) else loss
 
-        trainer.training_step, trainer.compute_loss = training_step, compute_loss
+        trainer._summed, trainer.compute_loss = from_the_first, compute_loss
         if self.place == "layer":
             trainer.model.get_decoder().layers[-1].register_forward_hook(self._in_layer)
         if self.place == "gradient":
