@@ -120,8 +120,17 @@ def test_streamed_is_resident_bit_for_bit(size, deterministic, monkeypatch):
             torch.cuda.empty_cache()
 
 
-def test_a_weight_that_is_read_without_a_visit_is_an_error(deterministic):
-    model = model_of(*SHAPES["1B"], tuple(range(16)))
-    decoder = FusedDecoder(model, (CHECKPOINTED,) * 16, "flash")  # which knows nothing of streamed layers
-    with pytest.raises(Exception, match=r"device|cuda|cpu|illegal|pointer"):
-        step(decoder, model, 0)
+def test_a_weight_that_is_read_without_a_visit_gives_no_wrong_number(deterministic):
+    """An error, or what a resident one gives: a card can read pinned host memory."""
+    name, depth = SHAPES["1B"]
+    kinds = (CHECKPOINTED,) * depth
+    resident = model_of(name, depth, ())
+    right = step(FusedDecoder(resident, kinds, "flash"), resident, 0)
+    model = model_of(name, depth, tuple(range(depth)))
+    try:
+        found = step(FusedDecoder(model, kinds, "flash"), model, 0)  # a decoder that knows nothing of streamed layers
+    except (RuntimeError, ValueError) as error:
+        print(f"an error: {str(error)[:100]}")
+    else:
+        print("read over the link")
+        assert_equal(found, right)
