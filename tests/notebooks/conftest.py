@@ -8,6 +8,8 @@ import nbformat
 import papermill
 import pytest
 
+from tests.unit.test_canary import CANARY
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,3 +42,11 @@ def run_notebook(tmp_path, monkeypatch):
         return nbformat.read(executed, as_version=4)
 
     return run
+
+
+@pytest.fixture
+def bare_machine_with_a_token(monkeypatch):
+    """No GPU, no network, and a token that nothing may show."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_TOKEN", CANARY)

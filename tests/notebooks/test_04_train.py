@@ -14,14 +14,7 @@ from tests.unit.test_canary import CANARY, places
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def a_bare_machine(monkeypatch):
-    """No GPU, no network, and a token that nothing may show."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setenv("HF_TOKEN", CANARY)
+pytestmark = pytest.mark.usefixtures("bare_machine_with_a_token")
 
 
 @pytest.mark.timeout(600)

@@ -9,13 +9,7 @@ from llamanb import Card, Recipe, plan, show_run, train
 from tests.notebooks.shown import cell, noise, text
 from tests.unit.test_canary import CANARY, places
 
-
-@pytest.fixture(autouse=True)
-def a_bare_machine(monkeypatch):
-    """No GPU, no network, and a token that nothing may show."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setenv("HF_TOKEN", CANARY)
+pytestmark = pytest.mark.usefixtures("bare_machine_with_a_token")
 
 
 @pytest.mark.timeout(600)
