@@ -99,7 +99,8 @@ def trained(plan: Plan, link: float | None) -> dict:
     import torch
 
     from llamanb.data import TrainingData
-    from llamanb.model import attach_adapters, load_model
+    from llamanb.model import attach_adapters
+    from llamanb.model.load import piecewise_model, prepared, random_config
     from llamanb.model.streamed import StreamedLayers
     from llamanb.quiet import quiet_libraries
     from llamanb.rehearsal import _tokenizer, random_rows
@@ -115,7 +116,8 @@ def trained(plan: Plan, link: float | None) -> dict:
     instants, begin = Instants(), time.monotonic()
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
         try:
-            model = attach_adapters(load_model(plan, tokenizer, shape), plan.recipe)
+            model = piecewise_model(plan, random_config(shape), None)
+            model = attach_adapters(prepared(model, plan, tokenizer), plan.recipe)
             loaded_s = time.monotonic() - begin
             torch.cuda.empty_cache()
             trainer = build_trainer(plan, model, data, Path(folder), [])
@@ -125,7 +127,7 @@ def trained(plan: Plan, link: float | None) -> dict:
             stalls = _watched(trainer, streamed)
             trainer.train()
         except torch.OutOfMemoryError as error:
-            return {"status": f"out of memory: {str(error)[:200]}", "step_s": None}
+            return {"status": f"out of memory: {str(error)[:600]}", "step_s": None}
     micro, optimizer = instants.times(plan.accumulation)
     return {
         "status": "ok",

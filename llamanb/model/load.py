@@ -45,11 +45,11 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreT
         folder = hub.checkpoint_folder(recipe.model, recipe.revision)
         config = AutoConfig.from_pretrained(folder)
     else:
-        folder, config = None, _config(shape)
+        folder, config = None, random_config(shape)
     quantization = _quantization(recipe, config, DTYPES[plan.dtype])
     try:
         if plan.streamed:
-            model = _streamed(plan, config, folder)
+            model = piecewise_model(plan, config, folder)
         else:
             model = LlamaForCausalLM.from_pretrained(
                 folder,
@@ -65,13 +65,16 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreT
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _explain(error, recipe.model) from error
+    return prepared(model, plan, tokenizer)
+
+
+def prepared(model: LlamaForCausalLM, plan: Plan, tokenizer) -> LlamaForCausalLM:
+    """A model as it was loaded, ready for the plan's training."""
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = end_token_ids(tokenizer)
     model.config.use_cache = False
-    for (
-        weight
-    ) in model.parameters():  # saved with bf16 arithmetic, most 4-bit checkpoints would be cast at each product
-        if getattr(weight, "quant_state", None) is not None:
+    for weight in model.parameters():
+        if getattr(weight, "quant_state", None) is not None:  # else those saved with bf16 are cast at each product
             weight.quant_state.dtype = DTYPES[plan.dtype]
     keep_gradients_on_cpu(model)
     lay_out(model, () if plan.fused else plan.layers)  # fused layers do it themselves
@@ -124,7 +127,7 @@ def keep_gradients_on_cpu(model: PreTrainedModel) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-def _config(shape: Architecture) -> LlamaConfig:
+def random_config(shape: Architecture) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
@@ -139,8 +142,9 @@ def _config(shape: Architecture) -> LlamaConfig:
     )
 
 
-def _streamed(plan: Plan, config: LlamaConfig, folder: Path | None) -> LlamaForCausalLM:
-    """With the weights of the plan's streamed layers in host memory; random ones where there is no folder."""
+def piecewise_model(plan: Plan, config: LlamaConfig, folder: Path | None) -> LlamaForCausalLM:
+    """Loaded weight by weight, those of the plan's streamed layers into host memory; random where there is no folder.
+    Raises ModelError where a weight is not stored."""
     from llamanb.model.piecewise import load_piecewise, quantized
 
     device = torch.device("cuda", torch.cuda.current_device()) if plan.card.is_gpu else torch.device("cpu")
@@ -151,7 +155,7 @@ def _streamed(plan: Plan, config: LlamaConfig, folder: Path | None) -> LlamaForC
         read, stored = random_weights(config, dtype, device)
     where = {"streamed": plan.streamed, "dtype": dtype, "device": device, "attention": plan.attention}
     model = load_piecewise(config, plan.recipe, read, stored, **where)
-    if model.streamed.refused:
+    if model.streamed and model.streamed.refused:
         warnings.warn(f"host memory is not pinned, so copies take longer: {model.streamed.refused}", stacklevel=4)
     return model
 

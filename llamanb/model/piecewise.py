@@ -36,7 +36,7 @@ def load_piecewise(
     attention: str,
 ) -> LlamaForCausalLM:
     """A Llama in 4 bits, with the weights of its `streamed` layers in host memory; as its `streamed` the StreamedLayers
-    that bring them.
+    that bring them, None where there is none.
 
     Args:
         read: gives the tensors that `stored` names: of 16 bits, which are quantized as the recipe says, or of a
@@ -59,8 +59,8 @@ def load_piecewise(
             for name, child in list(part.named_children()):
                 if isinstance(child, nn.Linear):
                     path = f"model.layers.{number}.{_name(layer, part)}.{name}.weight"
-                    on = torch.device("cpu") if number in streamed else device
-                    setattr(part, name, _linear(child, recipe, _weight(path, recipe, read, stored, dtype, device), on))
+                    weight = _weight(path, recipe, read, stored, dtype, device)
+                    setattr(part, name, _linear(child, recipe, weight, number in streamed))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and name not in tied:
             made = nn.Parameter(read(name).to(device, dtype), requires_grad=False)
@@ -69,7 +69,7 @@ def load_piecewise(
         model.tie_weights()
     model.is_loaded_in_4bit = True  # peft asks this, and the Trainer the next line, before it would move the model
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-    model.streamed = StreamedLayers(decoder.layers, streamed, BUFFERS, device)
+    model.streamed = StreamedLayers(decoder.layers, streamed, BUFFERS, device) if streamed else None
     return model.eval()
 
 
@@ -129,9 +129,16 @@ def _weight(
     return bnb.nn.Params4bit(data, False, state, BLOCK, bnb_quantized=True, **options)
 
 
-def _linear(like: nn.Linear, recipe: Recipe, weight: bnb.nn.Params4bit, on: torch.device) -> bnb.nn.Linear4bit:
+class InHostMemory(bnb.nn.Linear4bit):
+    """Stays there when the model is moved to the card as a whole, which accelerate does before it trains one."""
+
+    def _apply(self, fn, recurse=True):
+        return self
+
+
+def _linear(like: nn.Linear, recipe: Recipe, weight: bnb.nn.Params4bit, streamed: bool) -> bnb.nn.Linear4bit:
     state = weight.quant_state
-    made = bnb.nn.Linear4bit(
+    made = (InHostMemory if streamed else bnb.nn.Linear4bit)(
         like.in_features,
         like.out_features,
         bias=False,
@@ -140,8 +147,9 @@ def _linear(like: nn.Linear, recipe: Recipe, weight: bnb.nn.Params4bit, on: torc
         quant_type=recipe.quantization,
         device="meta",
     )
-    weight.data = weight.data.to(on)
-    for one in (state, state.state2) if state.nested else (state,):
-        one.absmax = one.absmax.to(on)
+    if streamed:
+        weight.data = weight.data.cpu()
+        for one in (state, state.state2) if state.nested else (state,):
+            one.absmax = one.absmax.cpu()
     made.weight, made.quant_state, weight.module = weight, state, made
     return made

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from llamanb import Card, Recipe, load_adapter, merge, plan, show_run, train
 from llamanb.data.encode import load_tokenizer
 from llamanb.errors import ModelError, RecipeError
-from llamanb.model import load_model
+from llamanb.model import attach_adapters, load_model
 from llamanb.model.quantized import MANIFEST
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
 from llamanb.tiny import CHECKPOINT, DEFAULTS
@@ -152,6 +152,22 @@ def quantizations(monkeypatch) -> list:
 
 def loaded(**more):
     return load_model(laid_out(recipe(**more), (0, 1, 2, 3)), load_tokenizer(CHECKPOINT))
+
+
+def test_streamed_weights_stay_when_the_whole_model_is_moved_as_accelerate_does():
+    made, moved = laid_out(recipe(), (1, 3)), set()
+    model = attach_adapters(load_model(made, load_tokenizer(CHECKPOINT)), made.recipe)
+
+    def move(tensor):
+        moved.add(tensor.data_ptr())
+        return tensor
+
+    model._apply(move)
+    linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert len(linear) == 4 * 7
+    for name, weight in linear.items():
+        assert (weight.data_ptr() in moved) == (".layers.0." in name or ".layers.2." in name), name
+    assert all(p.data_ptr() in moved for p in model.parameters() if p.requires_grad)
 
 
 def weights(model) -> dict:
