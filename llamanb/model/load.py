@@ -147,6 +147,7 @@ def piecewise_model(plan: Plan, config: LlamaConfig, folder: Path | None) -> Lla
     Raises ModelError where a weight is not stored."""
     from llamanb.model.piecewise import load_piecewise, quantized
 
+    attention.register()
     device = torch.device("cuda", torch.cuda.current_device()) if plan.card.is_gpu else torch.device("cpu")
     dtype = DTYPES[plan.dtype]
     if folder:

@@ -76,6 +76,10 @@ class StreamedLayers:
         self.hosts = {n: HostLayer(layers[n], pinned=device.type == "cuda") for n in numbers}
         size = max(host.size for host in self.hosts.values())
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(buffers)]
+        self._views: dict[
+            tuple[int, int], list[Tensor]
+        ] = {}
+        """Of a layer in a buffer: to make them takes longer than all else of a visit."""
         self._held: list[int | None] = [None] * buffers
         self._at = -1
         on_gpu = device.type == "cuda"
@@ -158,7 +162,9 @@ class StreamedLayers:
             stream.wait_event(self._arrived[slot])
             events[1].record(stream)
             self.waits.append((events[0], events[1]))
-        self.hosts[number].bind(self.hosts[number].views(self.buffers[slot]))
+        if (number, slot) not in self._views:
+            self._views[number, slot] = self.hosts[number].views(self.buffers[slot])
+        self.hosts[number].bind(self._views[number, slot])
 
 
 def _owners(module: nn.Module) -> list[tuple[object, str]]:

@@ -44,7 +44,7 @@ def smaller(plan: Plan) -> Plan | None:
     free = recipe.replace(max_length=plan.length, micro_batch_size=None, checkpointing="auto")
     if plan.streamed:  # what is loaded stays where it is
         free = free.replace(weights="resident")
-    card = replace(plan.card, free_gib=SMALLER * takes)
+    card = replace(plan.card, free_gib=min(SMALLER * takes, plan.card.free_gib))  # a forced plan may take more than all
     found = search(free, card, shape, force=True, streamed=len(plan.streamed))
     if found.needs_gib >= takes:
         return None

@@ -113,6 +113,12 @@ def test_each_plan_takes_less_than_the_one_before_until_none_does(card, length):
     assert set(chain[-1].layers) == {OFFLOADED}
 
 
+def test_after_a_plan_that_was_forced_onto_a_card_comes_one_that_fits_it():
+    made = plan(Recipe(model=EIGHT, micro_batch_size=16, checkpointing="none"), "RTX 3060", force=True)
+    assert made.needs_gib > made.card.vram_gib
+    assert smaller(made).needs_gib <= made.card.free_gib
+
+
 def test_a_layout_that_was_asked_for_gives_way_too():
     made = plan(Recipe(model=EIGHT, micro_batch_size=4, checkpointing="none"), "RTX 4090", force=True)
     less = smaller(made)
