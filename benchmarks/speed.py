@@ -189,7 +189,7 @@ class Run:
             block = {"micro_steps": SCREEN_MICROS, "at_most_s": SCREEN_S, "profile": int(bool(row.card))}
             try:
                 result = self.workers.turn(key, session, block, open_s=120, block_s=90)
-                self._screened(row, one, **{**result, "status": "ok", "accumulation": accumulation, "tokens": tokens})
+                self._screened(row, one, **{**result, "status": "ok", "accumulation": accumulation})
             except StackError as error:
                 if self.clock.left < 2:
                     self.write("missing", row=row.id, contestant=one.label, stage="screen", why=OVER)

@@ -65,7 +65,7 @@ def figures(found: list[dict], length: int, scale: Ratios | None) -> dict:
     micro_s = [s for line in found for s in line["micro_s"]]
     profiles = [line["profile"] for line in found if line.get("profile")]
     profiled = tokens * sum(p["steps"] for p in profiles)
-    if "tokens" in found[0]:
+    if "tokens" in found[0] and found[0].get("kind") != "screen":  # grids are looked through on rows of one length
         steps = [s for line in found for s in line["step_s"]]
         step_s, tokens = statistics.mean(steps), sum(line["tokens"] for line in found) / len(steps)
         profiled = sum(p["tokens"] for p in profiles)

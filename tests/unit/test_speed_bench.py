@@ -12,6 +12,7 @@ from benchmarks.speed_processes import MOST_FAILURES, Clock, StackError, Workers
 from benchmarks.speed_report import BUSY, DEFAULT, ESTIMATE, WALL, Results, figures, floor_us, report, targets
 from benchmarks.speed_rows import ROWS, Contestant, contestant, grid, rows, same_shape, standing, unsloth
 from benchmarks.speed_worker import Gpu, is_out_of_memory, turns
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -376,3 +377,9 @@ def test_the_best_settings_of_the_grid_are_timed_again(tmp_path):
     assert unsloth(4, "on").label not in [one.label for one in run.to_screen(row)]
     assert len(run.to_screen(row)) == 15 - 4
     run.end()
+
+
+def test_the_report_reads_what_was_measured():
+    raw = ROOT / "benchmarks/results/raw/speed_16gb.jsonl"
+    text = report(speed_report.lines(raw))
+    assert all(f"16gb-{length}" in text for length in (512, 1024, 4096))
