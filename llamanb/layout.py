@@ -79,6 +79,13 @@ class Plan:
     """Optimizer steps of the run; None where the rows are not counted yet."""
     basis: str = ""
     """What the predictions rest on, in words."""
+    cards: int = 1
+    """That share each optimizer step's rows, each with a copy of the model; memory and time are one card's."""
+
+    @property
+    def share(self) -> int:
+        """Rows of an optimizer step that one card computes at most."""
+        return -(-self.recipe.effective_batch_size // self.cards)
 
     @property
     def recomputed(self) -> int:
@@ -103,6 +110,7 @@ class Plan:
         """The choices, and why."""
         length = self.length or self.recipe.max_length
         batch = f"{self.accumulation} × {self.micro_batch_size} rows of up to {length} tokens"
+        batch += f", on each of {self.cards} cards" if self.cards > 1 else ""
         chosen = [
             ("arithmetic", self.dtype, "dtype"),
             ("optimizer step", batch, "micro_batch_size"),

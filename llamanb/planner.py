@@ -50,7 +50,13 @@ class DoesNotFitError(LlamanbError):
 
 
 def plan(
-    recipe: Recipe, card: Card | str | None = None, data=None, *, force: bool = False, host_gib: float | None = None
+    recipe: Recipe,
+    card: Card | str | None = None,
+    data=None,
+    *,
+    force: bool = False,
+    host_gib: float | None = None,
+    cards: int = 1,
 ) -> Plan:
     """How `recipe` runs on `card`, with what it takes.
 
@@ -61,11 +67,12 @@ def plan(
         force: return the plan that comes closest where none is predicted to fit, however long the rows.
         host_gib: host memory that is free, for weights that are streamed; None: this machine's where the card is this
             machine's, and else as much as it takes.
+        cards: that share each step's rows, each with a copy of the model; the plan is for one of them.
 
     Raises:
         DoesNotFitError: with the smallest changes that would fit.
         GpuError: the card is not known, or cannot compute what the recipe asks for.
-        RecipeError: rows longer than the model's positions.
+        RecipeError: rows longer than the model's positions; more cards than rows in a step.
         ModelError: no such model, or one that is no Llama, or that the recipe's method cannot take here.
     """
     if card is None and host_gib is None:
@@ -78,9 +85,25 @@ def plan(
         raise RecipeError(
             f"max_length = {recipe.max_length}", f"{model.name} has {model.max_positions} positions", "set it lower"
         )
-    if not card.is_gpu:
-        return _plan_on_cpu(recipe, card, model, data)
-    return search(recipe, card, model, data=data, force=force)
+    one = recipe if cards == 1 else _share(recipe, cards)
+    made = search(one, card, model, data=data, force=force) if card.is_gpu else _plan_on_cpu(one, card, model, data)
+    return made if cards == 1 else made.replace(recipe=recipe, cards=cards, steps=steps_of(recipe, data))
+
+
+def _share(recipe: Recipe, cards: int) -> Recipe:
+    """As one of several cards computes it."""
+    rows, effective, micro = (
+        -(-recipe.effective_batch_size // cards),
+        recipe.effective_batch_size,
+        recipe.micro_batch_size,
+    )
+    if not 0 < cards <= effective:
+        why = f"a step has {effective} rows, and each card computes some of them"
+        raise RecipeError(f"cards = {cards}", why, f"effective_batch_size = {max(cards, 1)} or more, or fewer cards")
+    if micro and rows % micro:
+        why = f"each of {cards} cards computes {rows} of a step's {effective} rows"
+        raise RecipeError(f"micro_batch_size = {micro}", why, "leave it out, or give a divisor of that")
+    return recipe.replace(effective_batch_size=rows)
 
 
 def search(

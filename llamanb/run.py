@@ -132,8 +132,8 @@ class Run:
         took += f", the first one's end {steps[0].time_s:.0f} s after the start" if steps else ""
         text = f"{steps[-1].step if steps else 0} steps{took}, at most {self.peak_gib:.2f} GiB"
         ended = "" if self.status == FINISHED else f" ({self.status})"
-        upsets = f"; {self.timeline.upsets}" if self.timeline.upsets else ""
-        return visible(f"{text}{ended}{upsets}; in {self.folder}")
+        more = "".join(f"; {words}" for words in (self.timeline.upsets, self.timeline.cards) if words)
+        return visible(f"{text}{ended}{more}; in {self.folder}")
 
     __repr__ = __str__
 

@@ -71,6 +71,8 @@ class Timeline:
     """What could not be watched to the end, in words."""
     returns: list[list[int]] = field(default_factory=list)
     """For each time that the run went back to a checkpoint, with half the learning rate: from which step, to which."""
+    cards_gib: list[float] = field(default_factory=list)
+    """Most that torch reserved on each card, where several train together; empty else."""
     phase: str = "import"
     """What the run does now."""
 
@@ -131,6 +133,15 @@ class Timeline:
         return ", ".join(words)
 
     @property
+    def cards(self) -> str:
+        """Each card's peak, in words; empty for one card, and without a GPU."""
+        return (
+            "cards at most " + " | ".join(f"{gib:.2f}" for gib in self.cards_gib) + " GiB"
+            if any(self.cards_gib)
+            else ""
+        )
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Real tokens a second since this session's first step, which also warms up; None before the second."""
         if len(self.steps) < self._resumed + 2:
@@ -146,7 +157,7 @@ class Timeline:
             facts = {name: getattr(self, name) for name in self._FACTS}
             replace_text(folder / FACTS, json.dumps(facts, indent=1))
 
-    _FACTS = ("source", "limit_gib", "planned_gib", "peaks_gib", "missing", "returns")
+    _FACTS = ("source", "limit_gib", "planned_gib", "peaks_gib", "missing", "returns", "cards_gib")
 
     def _append(self, path: Path, header: Iterable[str], rows: list) -> None:
         done, size = self._written.get(path.name, (0, 0))

@@ -76,9 +76,7 @@ class StreamedLayers:
         self.hosts = {n: HostLayer(layers[n], pinned=device.type == "cuda") for n in numbers}
         size = max(host.size for host in self.hosts.values())
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(buffers)]
-        self._views: dict[
-            tuple[int, int], list[Tensor]
-        ] = {}
+        self._views: dict[tuple[int, int], list[Tensor]] = {}
         """Of a layer in a buffer: to make them takes longer than all else of a visit."""
         self._held: list[int | None] = [None] * buffers
         self._at = -1

@@ -16,6 +16,7 @@ from llamanb.errors import HostMemoryError, RecipeError
 from llamanb.layout import Plan
 from llamanb.machine import host_memory, surroundings
 from llamanb.planner import HOST_GIB, steps_of
+from llamanb.ranks import ALONE, Ranks
 from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
 from llamanb.timeline import Timeline, replace_text
 from llamanb.training.checkpoints import lock, step_of
@@ -43,6 +44,7 @@ def train(
     report_to: str = "none",
     resume: bool | None = None,
     second_home: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Fine-tunes as the plan says; scores before and after; saves all of it. An interrupt (Ctrl-C, the kernel's stop
     button) ends training after the step at hand, and what was learned is saved and scored.
@@ -60,6 +62,7 @@ def train(
             else is in `resume.FREE`, and with a finished run for more steps. False begins a new run.
         second_home: a folder that outlives this machine, such as one on Google Drive. It gets copies of the run while
             that trains, and where nothing of the run is in `runs`, it goes on from there.
+        ranks: the processes that train together, of which this is the first (scale/).
 
     Raises:
         RecipeError: the newest run of that name is unfinished and of another recipe; says what differs.
@@ -89,7 +92,7 @@ def train(
             write_base(base, folder)
         if second_home:
             held.enter_context(copied_to(second_home, name, folder))
-        return _watched(plan, data, folder, checkpoint, progress, report_to, held)
+        return _watched(plan, data, folder, checkpoint, progress, report_to, held, ranks)
 
 
 def write_base(base: Path, folder: Path) -> None:
@@ -113,7 +116,14 @@ def _continued(checkpoint: Path, plan: Plan, data: TrainingData, rows: str) -> P
 
 
 def _watched(
-    plan: Plan, data: TrainingData, folder: Path, checkpoint: Path | None, progress: Progress, report_to: str, held
+    plan: Plan,
+    data: TrainingData,
+    folder: Path,
+    checkpoint: Path | None,
+    progress: Progress,
+    report_to: str,
+    held: contextlib.ExitStack,
+    ranks: Ranks,
 ) -> Run:
     """Trains while a thread samples memory; whatever happens can be shown from the folder. From its end on, interrupts
     are not heard until `held` ends."""
@@ -142,7 +152,7 @@ def _watched(
         sampler.timeline.planned_gib, sampler.folder = plan.needs_gib, folder
         explained = None
         try:
-            _train(scene, data, report_to, checkpoint, progress)
+            _train(scene, data, report_to, checkpoint, progress, ranks)
         except BaseException as error:
             held.enter_context(uninterrupted())  # or the traceback of one would hold the tensors
             explained = scene.explain(error, sampler.timeline)  # while the tensors are there to be counted
@@ -176,7 +186,7 @@ def _write_report(run: Run) -> None:
         print(f"no report.html: {type(error).__name__}: {error}", flush=True)
 
 
-def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, progress: Progress) -> None:
+def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, progress: Progress, ranks) -> None:
     plan, timeline, folder = scene.plan, scene.run.timeline, scene.folder
     import transformers
 
@@ -201,6 +211,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     if plan.card.is_gpu:
         warn_of_gaps()
     transformers.set_seed(recipe.seed)
+    ranks.tell((plan, folder, progress.rows))
     callbacks = [StopAfter(recipe.stop_after_min)] if recipe.stop_after_min else []  # its clock starts before loading
     instants = scene.instants = Instants(timeline, gpu=plan.card.is_gpu)
     instants.begins("load")
@@ -216,9 +227,9 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
         progress = dataclasses.replace(progress, before=evaluate(model, data))
 
     interrupt = StopOnInterrupt()
-    watchers = [LiveView(timeline), interrupt, *callbacks]
+    watchers = [LiveView(timeline), interrupt, *callbacks, *ranks.watchers(timeline)]
     watchers += [Spills(timeline)] if "WSL2" in surroundings() else []
-    trainer = scene.trainer = build_trainer(plan, model, data, folder, watchers, report_to)
+    trainer = scene.trainer = build_trainer(plan, model, data, folder, watchers, report_to, ranks)
 
     def replanned(now: Plan) -> None:
         scene.plan = now
@@ -241,6 +252,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
                 result = train_finite(trainer, saves, checkpoint)
         finally:
             let_go()
+        ranks.tell(None)
         train_s = saves.progress.train_s + result.metrics["train_runtime"]
         if trainer.state.global_step < trainer.state.max_steps:
             status = INTERRUPTED if interrupt.asked else f"stopped after {recipe.stop_after_min or 0:g} minutes"

@@ -36,12 +36,13 @@ def smaller(plan: Plan) -> Plan | None:
     recipe, shape = plan.recipe, architecture(plan.recipe.model, plan.recipe.revision)
     if plan.memory is None:  # a CPU, whose memory nothing is planned for
         if plan.micro_batch_size > 1:
-            rows = next(n for n in range(plan.micro_batch_size // 2, 0, -1) if recipe.effective_batch_size % n == 0)
+            rows = next(n for n in range(plan.micro_batch_size // 2, 0, -1) if plan.share % n == 0)
             return _with(plan, rows, plan.layers)
         least = (CHECKPOINTED,) * shape.layers
         return _with(plan, 1, least) if plan.layers != least else None
     takes = predict(workload_of(plan, shape)).reserved / GIB
     free = recipe.replace(max_length=plan.length, micro_batch_size=None, checkpointing="auto")
+    free = free.replace(effective_batch_size=plan.share)
     if plan.streamed:  # what is loaded stays where it is
         free = free.replace(weights="resident")
     card = replace(plan.card, free_gib=min(SMALLER * takes, plan.card.free_gib))  # a forced plan may take more than all
@@ -52,9 +53,7 @@ def smaller(plan: Plan) -> Plan | None:
 
 
 def _with(plan: Plan, rows: int, layers: tuple[str, ...]) -> Plan:
-    return plan.replace(
-        micro_batch_size=rows, accumulation=plan.recipe.effective_batch_size // rows, layers=layers, alternatives=()
-    )
+    return plan.replace(micro_batch_size=rows, accumulation=plan.share // rows, layers=layers, alternatives=())
 
 
 def go_on(optimizer: Optimizer) -> None:

@@ -21,6 +21,7 @@ from llamanb.model.fused import FusedDecoder, fits_layer
 from llamanb.model.head import head_loss
 from llamanb.model.layers import lay_out
 from llamanb.nvml import first_line
+from llamanb.ranks import ALONE, Ranks
 from llamanb.training.recovery import go_on, smaller
 from llamanb.training.resume import RAN_OUT
 
@@ -47,9 +48,9 @@ class StepTrainer(SFTTrainer):
     Fused layers take rows as they are; transformers' take rows padded to the longest.
     """
 
-    def __init__(self, plan: Plan, **settings):
+    def __init__(self, plan: Plan, ranks: Ranks = ALONE, **settings):
         super().__init__(**settings)
-        self.plan = plan
+        self.plan, self.ranks = plan, ranks
         self.tokens = 0
         """Trained on so far, padding left out."""
         self.fused = None
@@ -88,7 +89,11 @@ class StepTrainer(SFTTrainer):
             self._recovering(lambda: self._summed(model, probe, num_items_in_batch))
             model.zero_grad()
             _set_random_state(before)
-        total = self._recovering(lambda: self._summed(model, inputs, num_items_in_batch))
+        if self.plan.recipe.dropout:
+            self.ranks.begin_step(self.args.seed, self.state.global_step)
+        share = _rows(inputs, self.ranks.share(inputs["lengths"]))
+        total = self._recovering(lambda: self._summed(model, share, num_items_in_batch))
+        total = self.ranks.summed(total, model.parameters())
         self.tokens += sum(inputs["lengths"])
         self._metrics["train"]["num_tokens"] = [self.tokens]
         return total
@@ -153,6 +158,19 @@ class StepTrainer(SFTTrainer):
         for rows in pack(lengths, plan.micro_batch_size * plan.length):
             taken = [torch.cat([of[i] for i in rows]) for of in (ids, labels)]
             yield {"input_ids": taken[0], "labels": taken[1], "lengths": [lengths[i] for i in rows]}
+
+
+def _rows(inputs: dict, numbers: Sequence[int]) -> dict:
+    """Some of a pool's rows."""
+    lengths = inputs["lengths"]
+    if len(numbers) == len(lengths):
+        return inputs
+    ids, labels = (inputs[name].split(lengths) for name in ("input_ids", "labels"))
+    taken = {name: [rows[n] for n in numbers] for name, rows in (("input_ids", ids), ("labels", labels))}
+    empty = inputs["input_ids"][:0]
+    return {name: torch.cat([empty, *rows]) for name, rows in taken.items()} | {
+        "lengths": [lengths[n] for n in numbers]
+    }
 
 
 def _padded(ids: Sequence[Tensor], labels: Sequence[Tensor], padding: int) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from trl import SFTConfig
 from llamanb.data import TrainingData
 from llamanb.data.encode import Encoded
 from llamanb.layout import Plan
+from llamanb.ranks import ALONE, Ranks
 from llamanb.training.checkpoints import ASIDE
 from llamanb.training.interrupts import set_handler
 from llamanb.training.resume import CHECKPOINTS
@@ -37,6 +38,7 @@ def build_trainer(
     folder: Path,
     callbacks: list[TrainerCallback],
     report_to: str = "none",
+    ranks: Ranks = ALONE,
 ) -> CheckpointedTrainer:
     """A trainer for rows that are encoded already, on a model that is loaded already. It makes checkpoints once `Saves`
     is attached to it."""
@@ -70,6 +72,7 @@ def build_trainer(
         config._n_gpu = 1  # with two visible the Trainer would take both, and trl 1.16 refuses that
     trainer = CheckpointedTrainer(
         plan,
+        ranks,
         model=model,
         args=config,
         train_dataset=_dataset(data.train),

@@ -81,6 +81,8 @@ class LiveView(TrainerCallback):
             parts.append(f"{timeline.tokens_per_s:,.0f} tokens/s")
         if timeline.samples:
             parts.append(f"{timeline.samples[-1].used_gib:.2f} GiB, at most {timeline.peak_gib:.2f}")
+        if timeline.cards:
+            parts.append(timeline.cards)
         parts.append(f"{_clock(elapsed)} gone")
         if done:
             parts.append(f"{_clock(left)} left")

@@ -1,0 +1,1 @@
+"""Several cards, each in a process of its own."""

@@ -1,0 +1,76 @@
+"""`launch`: a training on several cards of this machine, from a notebook or a script."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llamanb.errors import LlamanbError, RecipeError
+from llamanb.recipe import Recipe
+from llamanb.run import Run, newest_folder
+
+ENDS_S = 60.0
+"""For the ranks to end by themselves after an interrupt."""
+TAIL = 40
+"""Last lines of what failed."""
+
+
+class LaunchError(LlamanbError):
+    """A training on several cards ended before its end; `why` is what its first rank said."""
+
+
+def launch(
+    recipe: Recipe, cards: int = 2, *, name: str = "run", runs: str | Path = "runs", resume: bool | None = None
+) -> Run:
+    """Trains on so many cards of this machine, a process each, or on as many CPU processes where there is no GPU.
+
+    The processes are torchrun's and not this one's, so a notebook whose kernel has used the GPU can launch them; what
+    they print is shown as it comes. Run again, it goes on from the newest checkpoint, as `train` does.
+
+    Args:
+        recipe: what to train; effective batch, order of the rows and result are those of one card.
+        cards: processes; at most the rows of a step.
+        name, runs, resume: as for `train`.
+
+    Raises:
+        RecipeError: no sensible number of cards.
+        LaunchError: with what the first rank that failed said.
+    """
+    if isinstance(cards, bool) or not isinstance(cards, int) or not 0 < cards <= recipe.effective_batch_size:
+        why = f"a step has {recipe.effective_batch_size} rows, and each card computes some of them"
+        raise RecipeError(f"cards = {cards!r}", why, "a number from 1 to that, or a larger effective_batch_size")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.json")
+        path.write_text(recipe.to_json(), encoding="utf-8")
+        status, said = _shown(command(path, cards, name, Path(runs), resume))
+    if status:
+        why = next((line for line in reversed(said) if line.startswith("rank ")), said[-1] if said else "")
+        raise LaunchError(f"the training on {cards} cards ended with status {status}", why, "see what is printed above")
+    return Run.open(newest_folder(Path(runs), name))
+
+
+def command(recipe: Path, cards: int, name: str, runs: Path, resume: bool | None = None) -> list[str]:
+    """torchrun's, for this machine: a free port, and all processes ended when one fails."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cards)]
+    options = {True: ["--resume"], False: ["--new"], None: []}[resume]
+    return [*torchrun, "-m", "llamanb", str(recipe), "--name", name, "--runs", str(runs), *options]
+
+
+def _shown(command: list[str]) -> tuple[int, list[str]]:
+    """Runs it, printing what it prints; an interrupt is passed on once, and it may end by itself."""
+    said: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                said = [*said[1 - TAIL :], line.rstrip()]
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait(ENDS_S)
+            raise
+    return process.returncode, said
