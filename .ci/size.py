@@ -15,7 +15,7 @@ EXTRAS = (
     "shrink/",
     "export/",
     "scale/",
-    "scale.py",
+    "__main__.py",
     "gpu_check.py",
     "rehearsal.py",
     "tradeoffs.py",

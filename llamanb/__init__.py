@@ -36,6 +36,7 @@ _HOME = {
     "load_merged": "export",
     "same_answers": "export",
     "push": "export",
+    "launch": "scale.launch",
     "recipe_form": "ui",
     "plan_form": "ui",
     "LlamanbError": "errors",

@@ -14,6 +14,7 @@ KNOWN_WARNINGS = (
 KNOWN_LOG_LINES = (
     "kernels",  # bitsandbytes on a CPU: an optional package for faster 4-bit products
     "MatMul8bitLt: inputs will be cast",  # int8 multiplies in fp16 whatever comes in
+    "parallel_mode != ParallelMode.DISTRIBUTED",  # each rank trains by itself, and gradients are added up (ranks.py)
     "tokenizer has new PAD/BOS/EOS tokens",  # ours to change, and written to the model's config
 )
 

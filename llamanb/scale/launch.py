@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +17,9 @@ from llamanb.run import Run, newest_folder
 
 ENDS_S = 60.0
 """For the ranks to end by themselves after an interrupt."""
-TAIL = 40
-"""Last lines of what failed."""
+TAIL = 200
+"""Last lines that are kept, to find in them what failed."""
+FIX = "mend that, and run this again: it goes on from the newest checkpoint"
 
 
 class LaunchError(LlamanbError):
@@ -45,26 +49,36 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.json")
         path.write_text(recipe.to_json(), encoding="utf-8")
-        status, said = _shown(command(path, cards, name, Path(runs), resume))
+        status, said = _shown(command(path, cards, name, Path(runs), resume), cards)
     if status:
-        why = next((line for line in reversed(said) if line.startswith("rank ")), said[-1] if said else "")
-        raise LaunchError(f"the training on {cards} cards ended with status {status}", why, "see what is printed above")
+        raise LaunchError(f"the training on {cards} cards ended with status {status}", _why(said), FIX)
     return Run.open(newest_folder(Path(runs), name))
 
 
-def command(recipe: Path, cards: int, name: str, runs: Path, resume: bool | None = None) -> list[str]:
+def command(
+    recipe: Path, cards: int, name: str, runs: Path, resume: bool | None = None, module: str = "llamanb"
+) -> list[str]:
     """torchrun's, for this machine: a free port, and all processes ended when one fails."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cards)]
     options = {True: ["--resume"], False: ["--new"], None: []}[resume]
-    return [*torchrun, "-m", "llamanb", str(recipe), "--name", name, "--runs", str(runs), *options]
+    return [*torchrun, "-m", module, str(recipe), "--name", name, "--runs", str(runs), *options]
 
 
-def _shown(command: list[str]) -> tuple[int, list[str]]:
+def _why(said: list[str]) -> str:
+    """What the first rank that ended by an error of ours said; else the last line before torchrun's summary."""
+    begins = next((n for n, line in enumerate(said) if re.match(r"rank \d+: ", line)), None)
+    if begins is not None:
+        return "\n".join(said[begins : begins + 3])
+    before = itertools.takewhile(lambda line: "torch.distributed.elastic" not in line, said)
+    return next((line for line in reversed(list(before)) if line.strip()), "a rank ended without a word")
+
+
+def _shown(command: list[str], cards: int) -> tuple[int, list[str]]:
     """Runs it, printing what it prints; an interrupt is passed on once, and it may end by itself."""
     said: list[str] = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cards))}  # torchrun would take one
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=threads | os.environ, start_new_session=True, **pipes) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)

@@ -10,6 +10,8 @@ from llamanb.card import Card
 from llamanb.data import load_data
 from llamanb.errors import UNREADABLE, GpuError, LlamanbError, RecipeError
 from llamanb.planner import plan
+from llamanb.quiet import quiet_libraries
+from llamanb.ranks import Ranks
 from llamanb.recipe import Recipe
 from llamanb.training import train
 
@@ -30,6 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     from llamanb.scale.peers import Peers
 
     ranks = Peers.launched()
+    with quiet_libraries():
+        return _trained(args, ranks)
+
+
+def _trained(args: argparse.Namespace, ranks: Ranks) -> int:
     try:
         recipe = _recipe(args.recipe)
         if ranks.count == 1:
@@ -67,7 +74,7 @@ def require_even(cards: list[tuple[Card, str]]) -> None:
             )
 
 
-def _lead(recipe: Recipe, args: argparse.Namespace, ranks, cards: list[Card]) -> None:
+def _lead(recipe: Recipe, args: argparse.Namespace, ranks: Ranks, cards: list[Card]) -> None:
     data = load_data(recipe)
     made = plan(recipe, cards[0], data, cards=ranks.count)
     print(made, flush=True)

@@ -104,7 +104,7 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"search"},
     {"planner", "data", "gpu_check"},
     {"advice"},
-    {"timeline", "attempts", "scores"},
+    {"timeline", "attempts", "scores", "ranks"},
     {"model", "plots", "generate", "evaluate", "quiet", "starter"},
     {"watch"},
     {"run"},
@@ -116,7 +116,9 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"tradeoffs"},
     {"shrink"},
     {"rehearsal"},
+    {"scale"},
     {"ui"},
+    {"__main__"},
 ]
 LATER = {("planner", "advice")}
 """Arrows that point back, and only when a function runs: a plan that does not fit asks what would."""
@@ -151,6 +153,7 @@ EXTRAS = {
     "shrink",
     "export",
     "scale",
+    "__main__",
     "gpu_check",
     "rehearsal",
     "tradeoffs",

@@ -1,0 +1,129 @@
+"""How several processes share a step, what they refuse, and plans for several cards. (Trainings: test_together.py.)"""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llamanb import Card, Recipe, plan
+from llamanb.errors import GpuError, RecipeError
+from llamanb.layout import Plan
+from llamanb.ranks import ALONE
+from llamanb.scale import peers
+from llamanb.scale.launch import _why
+from llamanb.scale.lead import require_even
+from llamanb.scale.peers import Peers, _buckets
+from llamanb.tiny import DEFAULTS
+from llamanb.training.recovery import smaller
+from tests.conftest import ROOT
+
+EIGHT = "meta-llama/Llama-3.1-8B-Instruct"
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("lengths", [[5], [3, 900, 4, 5, 6, 7], [10] * 8, list(range(1, 30))])
+def test_each_row_is_one_ranks_and_tokens_are_even(count, lengths):
+    shares = [Peers(number, count, number).share(lengths) for number in range(count)]
+    assert sorted(row for share in shares for row in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    tokens = [sum(lengths[row] for row in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(lengths)
+
+
+def test_one_that_is_alone_does_all_and_adds_nothing_up():
+    total, weights = torch.tensor(2.0), [torch.nn.Parameter(torch.ones(3))]
+    assert ALONE.share([7, 8]) == [0, 1]
+    assert ALONE.all_of("x") == ["x"]
+    assert ALONE.summed(total, weights) is total
+    assert weights[0].grad is None
+
+
+def test_buckets_are_small_and_of_one_dtype(monkeypatch):
+    monkeypatch.setattr(peers, "BUCKET", 10)
+    tensors = [torch.zeros(n) for n in (4, 5, 1, 30, 2)] + [torch.zeros(1, dtype=torch.float64)]
+    assert [[len(t) for t in bucket] for bucket in _buckets(tensors)] == [[4, 5, 1], [30], [2], [1]]
+
+
+def test_a_launched_process_sees_its_own_gpu_only(monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    found = Peers.launched()
+    assert (found.number, found.count, found.local) == (3, 4, 1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    Peers.launched()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "more processes than cards"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    Peers.launched()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Peers.launched().count == 1
+
+
+def test_cards_that_are_not_alike_are_refused():
+    t4 = Card.known("T4")
+    require_even([(t4, "a"), (t4, "b")])
+    require_even([(Card("CPU", None), "a")] * 2)
+    with pytest.raises(GpuError, match=r"rank 1 on b(.|\n)*RTX 4090"):
+        require_even([(t4, "a"), (Card.known("RTX 4090"), "b")])
+    with pytest.raises(GpuError, match="rank 2 on a"):
+        require_even([(t4, "a"), (t4, "a"), (replace(t4, free_gib=t4.free_gib - 3), "a")])
+
+
+def test_a_torch_without_nccl_is_named(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(GpuError, match="without NCCL"):
+        Peers(0, 2, 0).join()
+
+
+def test_a_port_in_use_is_one_clear_error(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(Recipe(**DEFAULTS).to_json())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        environment = os.environ | where | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        arguments = [sys.executable, "-m", "llamanb", str(path), "--runs", str(tmp_path)]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1
+    assert "rank 0: rank 0 of 2 cannot meet the others" in done.stderr
+    assert where["MASTER_PORT"] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_for_several_cards_is_one_cards_share():
+    recipe = Recipe(model=EIGHT, effective_batch_size=16, max_length=1024)
+    one, two, three = (plan(recipe, "T4", cards=n) for n in (1, 2, 3))
+    assert [made.share for made in (one, two, three)] == [16, 8, 6]
+    for made in (one, two, three):
+        assert made.micro_batch_size * made.accumulation == made.share
+        assert made.recipe == recipe
+    assert two.step_s == pytest.approx(one.step_s / 2, rel=0.1)
+    assert "on each of 2 cards" in str(two)
+    assert Plan.from_json(two.to_json()).cards == 2
+    less = smaller(two)
+    assert less.cards == 2
+    assert less.micro_batch_size * less.accumulation == 8
+
+
+def test_too_many_cards_and_rows_that_do_not_go_into_a_share():
+    with pytest.raises(RecipeError, match="a step has 4 rows"):
+        plan(Recipe(model=EIGHT, effective_batch_size=4), "T4", cards=5)
+    with pytest.raises(RecipeError, match="each of 2 cards computes 4 of a step's 8 rows"):
+        plan(Recipe(model=EIGHT, effective_batch_size=8, micro_batch_size=8), "T4", cards=2)
+
+
+def test_the_reason_is_found_in_what_was_printed():
+    torchrun = ["E1121 torch.distributed.elastic failed", "Root Cause", "exitcode: 1"]
+    ours = ["step 1", "rank 0: no rows", "  why: empty", "  fix: more", *torchrun]
+    assert _why(ours).splitlines() == ours[1:4]
+    assert _why(["Traceback", "ValueError: odd", *torchrun]) == "ValueError: odd"
+    assert _why(torchrun) == "a rank ended without a word"

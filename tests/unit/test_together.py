@@ -1,0 +1,153 @@
+"""Several processes that train together: one card's numbers, and what becomes of all when one fails."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llamanb import Card, Recipe, plan, train
+from llamanb.run import Run
+from llamanb.scale import launch as launching
+from llamanb.scale.launch import LaunchError, command, launch
+from llamanb.tiny import DEFAULTS
+from tests.conftest import ROOT
+
+CPU = Card("CPU", None)
+STEPS = 8
+
+
+def recipe(**more):
+    """Steps of 5 rows: uneven shares."""
+    few = {"steps": STEPS, "eval_rows": 0, "effective_batch_size": 5, "checkpoint_every_steps": 2}
+    return Recipe(**{**DEFAULTS, **few, **more})
+
+
+def started(folder, fault="", cards=2, **more):
+    """Launched as `launch` does it, with a fault on rank 1."""
+    path = folder / "recipe.json"
+    path.write_text(recipe(**more).to_json())
+    arguments = command(path, cards, "run", folder, module="tests.rank_process")
+    environment = os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, env=environment, start_new_session=True, cwd=ROOT, **pipes)
+
+
+def ranks_of(folder) -> list[int]:
+    """Processes that still train there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if str(folder / "recipe.json") in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train(plan(recipe(), CPU), runs=tmp_path_factory.mktemp("alone"))
+
+
+def test_two_processes_come_to_what_one_comes_to(alone, tmp_path, capfd):
+    run = launch(recipe(), 2, runs=tmp_path)
+    assert run.status == "finished"
+    assert (run.plan.cards, run.plan.micro_batch_size * run.plan.accumulation) == (2, 3)
+    assert run.losses == pytest.approx(alone.losses, rel=1e-5)
+    norms = [[step.grad_norm for step in one.timeline.steps] for one in (run, alone)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    tokens = [[step.tokens for step in one.timeline.steps] for one in (run, alone)]
+    assert tokens[0] == tokens[1]
+    said = capfd.readouterr().out
+    assert said.count("loading tiny") == 1, "one rank speaks"
+    assert "DISTRIBUTED" not in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others_and_any_number_goes_on(alone, tmp_path):
+    process = started(tmp_path, "killed")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, said
+    assert ranks_of(tmp_path) == []
+    cut = Run.open(tmp_path / "run")
+    assert cut.status == "running"
+    for name in ("one", "four"):
+        shutil.copytree(tmp_path / "run", tmp_path / name / "run")
+    runs = [train(plan(recipe(), CPU), runs=tmp_path / "one"), launch(recipe(), 4, runs=tmp_path / "four")]
+    for run in runs:
+        assert run.status == "finished"
+        assert run.folder.name == "run"
+        assert run.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_on_one_rank_changes_no_number(alone, tmp_path):
+    process = started(tmp_path, "out of memory")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "out of memory at step 5" in said
+    assert Run.open(tmp_path / "run").losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_on_one_rank_is_skipped_by_all(tmp_path):
+    process = started(tmp_path, "not a number")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    run = Run.open(tmp_path / "run")
+    assert [step.step for step in run.timeline.steps if step.skipped] == [5]
+    assert run.status == "finished"
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_told_and_ends_all(tmp_path):
+    process = started(tmp_path, "broken")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "this rank is broken" in said
+    assert ranks_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_ranks_after_the_same_step(alone, tmp_path):
+    process = started(tmp_path, steps=10_000, checkpoint_every_steps=1)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("run/checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    rank0 = [pid for pid in ranks_of(tmp_path) if b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    os.kill(rank0[0], signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    run = Run.open(tmp_path / "run")
+    assert run.status == "interrupted"
+    assert run.timeline.steps[-1].step < 10_000
+    assert ranks_of(tmp_path) == []
+
+
+def test_too_many_processes_are_refused_before_any_is_launched(monkeypatch):
+    monkeypatch.setattr(launching, "_shown", lambda *args: pytest.fail("launched"))
+    for cards in (0, 6, True, "2"):
+        with pytest.raises(launching.RecipeError, match="a step has 5 rows"):
+            launch(recipe(), cards)
+
+
+@pytest.mark.slow
+def test_what_rank_0_says_is_the_error(tmp_path):
+    with pytest.raises(LaunchError, match="no such file"):
+        launch(recipe(dataset="no such file.jsonl"), 2, runs=tmp_path)
+
+
+def test_by_itself_it_trains_too(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe(steps=2).to_json())
+    arguments = [sys.executable, "-m", "llamanb", str(path), "--runs", str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
