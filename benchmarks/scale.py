@@ -1,0 +1,204 @@
+"""Data parallel on several GPUs of one machine: tokens a second beside one card's, and what adding up takes.
+
+    python -m benchmarks.scale run OUT [--cards 1,2] [--rows 8b-2048,8b-512]
+    python -m benchmarks.scale report OUT [OUT ...]
+
+Random weights of the real shape, the same rows, effective batch and micro-batch on one card and on several, each
+count launched by torchrun with the project's own trainer. Each result names loss and reserved memory of every rank; the
+time of adding gradients up is that of the collectives alone, all ranks waiting before they begin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from llamanb import Card, Recipe
+from llamanb.architecture import architecture
+from llamanb.layout import GIB
+from llamanb.planner import plan
+
+ROWS: dict[str, dict] = {
+    "8b-2048": {"model": "meta-llama/Llama-3.1-8B-Instruct", "length": 2048, "batch": 16, "micro": 2},
+    "8b-512": {"model": "meta-llama/Llama-3.1-8B-Instruct", "length": 512, "batch": 16, "micro": 8},
+    "1b-2048": {"model": "meta-llama/Llama-3.2-1B-Instruct", "length": 2048, "batch": 16, "micro": 4},
+}
+STEPS, WARM = 10, 2
+SIZES_MIB = (1, 16, 64, 256)
+"""Of single sums of gradients, for the page on where data parallel stops paying."""
+
+
+def measure(name: str) -> dict | None:
+    """One training in this rank; the result on rank 0."""
+    from llamanb.scale.peers import Peers
+
+    ranks = Peers.launched()
+    import torch
+
+    if ranks.count > 1:
+        ranks.join()
+    from llamanb.data import TrainingData
+    from llamanb.model import attach_adapters, load_model
+    from llamanb.quiet import quiet_libraries
+    from llamanb.rehearsal import _tokenizer, random_rows
+    from llamanb.training.trainer import build_trainer
+    from llamanb.watch.instants import Instants
+
+    row, card = ROWS[name], Card.here()
+    recipe = Recipe(
+        model=row["model"],
+        max_length=row["length"],
+        effective_batch_size=row["batch"],
+        micro_batch_size=row["micro"],
+        steps=STEPS,
+        eval_rows=0,
+    )
+    made, shape, tokenizer = plan(recipe, card, cards=ranks.count), architecture(row["model"]), _tokenizer()
+    rows = random_rows(shape.vocabulary, row["length"], row["micro"], STEPS * row["batch"])
+    data = TrainingData("random", "token ids", tokenizer, rows, [], [], [])
+    ends: list[float] = []
+    instants = Instants()
+    with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
+        model = attach_adapters(load_model(made, tokenizer, shape), recipe)
+        torch.cuda.empty_cache()
+        trainer = build_trainer(made, model, data, Path(folder), ranks.watchers(), ranks=ranks)
+        trainer.args.train_sampling_strategy = "sequential"
+        instants.attach(trainer)
+        trainer.add_callback(_clock(ends))
+        trainer.train()
+    step_s = statistics.median(later - earlier for earlier, later in zip(ends[WARM:-1], ends[WARM + 1 :], strict=True))
+    adding_s = _adding_s(ranks, model)
+    said = ranks.all_of({"reserved": instants.reserved / GIB, "loss": [round(x, 5) for x in _losses(trainer)]})
+    found = {
+        "row": name,
+        "cards": ranks.count,
+        "gpu": torch.cuda.get_device_name(),
+        "micro_batch": made.micro_batch_size,
+        "accumulation": made.accumulation,
+        "planned": {"reserved": made.needs_gib, "step_s": made.step_s},
+        "step_s": step_s,
+        "tokens_s": row["batch"] * row["length"] / step_s,
+        "adding_up_s": adding_s,
+        "sums_s": _sums_s(ranks),
+        "ranks": said,
+    }
+    if ranks.count > 1:
+        ranks.leave()
+    return None if ranks.number else found
+
+
+def _losses(trainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def _clock(ends: list[float]):
+    """Notes when each step's work is done."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            torch.cuda.synchronize()
+            ends.append(time.monotonic())
+
+    return Clock()
+
+
+def _adding_s(ranks, model) -> float:
+    """Seconds of one step's sum of all gradients."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    return _median_s(ranks, lambda: ranks.summed(torch.zeros((), device="cuda"), model.parameters()))
+
+
+def _sums_s(ranks) -> dict[int, float]:
+    """Seconds of one all-reduce of so many MiB of fp32."""
+    import torch
+
+    if ranks.count == 1:
+        return {}
+    buffers = {size: torch.zeros(size * 2**18, device="cuda") for size in SIZES_MIB}
+    sums = {size: functools.partial(torch.distributed.all_reduce, buffer) for size, buffer in buffers.items()}
+    return {size: _median_s(ranks, add_up) for size, add_up in sums.items()}
+
+
+def _median_s(ranks, work) -> float:
+    import torch
+
+    taken = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        ranks.all_of(None)
+        begin = time.monotonic()
+        work()
+        torch.cuda.synchronize()
+        taken.append(time.monotonic() - begin)
+    return statistics.median(taken[2:])
+
+
+def run(out: Path, names: list[str], counts: list[int]) -> None:
+    for name in names:
+        for cards in counts:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cards)]
+            command = [*torchrun, "-m", "benchmarks.scale", "one", name]
+            done = subprocess.run(command, capture_output=True, text=True)
+            found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            error = {"row": name, "cards": cards, "error": (done.stdout + done.stderr)[-2000:]}
+            line = json.loads(found[0]) if found else error
+            with out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+
+
+def report(paths: list[Path]) -> str:
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    header = "row, cards, micro-batches a card, tokens/s, times one card, adding up of a step, planned GiB, each card's"
+    text = [f"| {' | '.join(header.split(', '))} |", "|" + "---|" * 8]
+    alone = {line["row"]: line["tokens_s"] for line in lines if line["cards"] == 1 and "error" not in line}
+    for line in lines:
+        if "error" in line:
+            text.append(
+                f"| {line['row']} | {line['cards']} | failed: {line['error'].splitlines()[-1][:100]} |" + " |" * 5
+            )
+            continue
+        times = f"{line['tokens_s'] / alone[line['row']]:.2f}" if line["row"] in alone else ""
+        share = f"{line['adding_up_s'] / line['step_s']:.1%}" if line["cards"] > 1 else ""
+        seen = ", ".join(f"{rank['reserved']:.2f}" for rank in line["ranks"])
+        batch = f"{line['accumulation']} × {line['micro_batch']}"
+        cells = [line["row"], line["cards"], batch, f"{line['tokens_s']:,.0f}", times, share]
+        text.append("| " + " | ".join(map(str, [*cells, f"{line['planned']['reserved']:.2f}", seen])) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run")
+    one.add_argument("out", type=Path)
+    one.add_argument("--rows", default=",".join(ROWS))
+    one.add_argument("--cards", default="1,2")
+    one = commands.add_parser("one")
+    one.add_argument("name", choices=ROWS)
+    one = commands.add_parser("report")
+    one.add_argument("out", type=Path, nargs="+")
+    args = parser.parse_args()
+    if args.command == "run":
+        run(args.out, args.rows.split(","), [int(count) for count in args.cards.split(",")])
+    elif args.command == "report":
+        print(report(args.out))
+    elif (found := measure(args.name)) is not None:
+        print("RESULT " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
