@@ -79,6 +79,8 @@ class Plan:
     """Optimizer steps of the run; None where the rows are not counted yet."""
     basis: str = ""
     """What the predictions rest on, in words."""
+    shards: int = 1
+    """Cards that share the weights of `streamed` layers instead, each with a part of every layer on the card."""
     cards: int = 1
     """That share each optimizer step's rows, each with a copy of the model; memory and time are one card's."""
 

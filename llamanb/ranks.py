@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 
@@ -15,6 +16,8 @@ class Ranks:
     """
 
     number, count, joined = 0, 1, False
+    streams: Callable | None = None
+    """What brings layers to the card whose weights several ranks share; in the place of `StreamedLayers`."""
 
     def tell(self, what: Any) -> None:
         """Rank 0's word for the others, who wait for it."""
@@ -26,6 +29,10 @@ class Ranks:
     def watchers(self, timeline) -> list:
         """Callbacks of the Trainer, which come after those that may end training."""
         return []
+
+    def scoring(self, model) -> AbstractContextManager:
+        """Around what rank 0 computes alone."""
+        return nullcontext()
 
     def share(self, lengths: Sequence[int]) -> list[int]:
         """Which of a step's rows, of so many tokens, are this rank's."""

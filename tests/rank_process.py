@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 
-FAULT, RANK = os.environ.get("FAULT", ""), os.environ.get("RANK", "0")
+FAULT, RANK, COUNT = os.environ.get("FAULT", ""), os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+SHARDED = "SHARDED" in os.environ
 STEP = 5
 """The optimizer step in which it goes wrong."""
 
@@ -13,28 +14,55 @@ STEP = 5
 def break_it() -> None:
     import torch
 
-    from llamanb.training import step
+    from llamanb.model.streamed import StreamedLayers
+    from llamanb.training.step import StepTrainer
 
-    inner, seen = step.StepTrainer._summed, []
+    summed, computed, visit = StepTrainer._summed, StepTrainer.compute_loss, StreamedLayers.visit
+    now, seen = [False], []
 
-    def summed(self, model, inputs, count):
-        if self.state.global_step + 1 != STEP or seen:
-            return inner(self, model, inputs, count)
+    def first_time() -> bool:
+        if not now[0] or seen:
+            return False
         seen.append(FAULT)
-        if FAULT == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if FAULT == "broken":
-            raise ValueError("this rank is broken")
-        if FAULT == "out of memory":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        total = inner(self, model, inputs, count)
-        return total * float("nan") if FAULT == "not a number" else total
+        return True
 
-    step.StepTrainer._summed = summed
+    def sum_up(self, *arguments):
+        now[0] = self.state.global_step + 1 == STEP
+        total = summed(self, *arguments)
+        return total * float("nan") if FAULT == "not a number" and first_time() else total
+
+    def compute(self, *arguments, **more):
+        if FAULT == "killed" and first_time():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if FAULT == "broken" and first_time():
+            raise ValueError("this rank is broken")
+        if FAULT == "out of memory" and first_time():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return computed(self, *arguments, **more)
+
+    def come_down(self, number):
+        if FAULT == "out of memory in the backward pass" and (number, self._at) == (1, 2) and first_time():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return visit(self, number)
+
+    StepTrainer._summed, StepTrainer.compute_loss, StreamedLayers.visit = sum_up, compute, come_down
+
+
+def share_layers() -> None:
+    """Plans as a GPU would have them: fused layers, all kinds of activations, weights shared."""
+    from llamanb.scale import lead
+    from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
+
+    inner, layers = lead.plan, (OFFLOADED, CHECKPOINTED, HALVED, STORED)
+    shared = {"fused": True, "layers": layers, "streamed": (0, 1, 2, 3), "shards": COUNT}
+    lead.plan = lambda *args, **more: inner(*args, **more).replace(**shared)
 
 
 if __name__ == "__main__":
     from llamanb.scale.lead import main
+
+    if SHARDED:
+        share_layers()
 
     if RANK == "1" and FAULT:
         break_it()

@@ -28,7 +28,9 @@ REPEATED = 10_000_019
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreTrainedModel:
+def load_model(
+    plan: Plan, tokenizer, shape: Architecture | None = None, streams: Callable | None = None
+) -> PreTrainedModel:
     """The recipe's base model on the plan's card, quantized as the recipe says, without adapters.
 
     Embeddings, head and norms stay in the 16-bit dtype they compute in: peft's usual preparation would cast them to
@@ -38,6 +40,7 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreT
         plan: made for the model; its `layers` are laid out.
         tokenizer: whose padding and end tokens the model gets.
         shape: random weights of this shape instead of the recipe's checkpoint, made on the device.
+        streams: brings streamed layers to the card; None: StreamedLayers.
     """
     recipe = plan.recipe
     attention.register()
@@ -49,7 +52,7 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None) -> PreT
     quantization = _quantization(recipe, config, DTYPES[plan.dtype])
     try:
         if plan.streamed:
-            model = piecewise_model(plan, config, folder)
+            model = piecewise_model(plan, config, folder, streams if plan.shards > 1 else None)
         else:
             model = LlamaForCausalLM.from_pretrained(
                 folder,
@@ -142,7 +145,9 @@ def random_config(shape: Architecture) -> LlamaConfig:
     )
 
 
-def piecewise_model(plan: Plan, config: LlamaConfig, folder: Path | None) -> LlamaForCausalLM:
+def piecewise_model(
+    plan: Plan, config: LlamaConfig, folder: Path | None, streams: Callable | None = None
+) -> LlamaForCausalLM:
     """Loaded weight by weight, those of the plan's streamed layers into host memory; random where there is no folder.
     Raises ModelError where a weight is not stored."""
     from llamanb.model.piecewise import load_piecewise, quantized
@@ -154,7 +159,13 @@ def piecewise_model(plan: Plan, config: LlamaConfig, folder: Path | None) -> Lla
         read, stored = quantized(folder, config, plan.recipe, dtype, device)
     else:
         read, stored = random_weights(config, dtype, device)
-    where = {"streamed": plan.streamed, "dtype": dtype, "device": device, "attention": plan.attention}
+    where = {
+        "streamed": plan.streamed,
+        "dtype": dtype,
+        "device": device,
+        "attention": plan.attention,
+        "streams": streams,
+    }
     model = load_piecewise(config, plan.recipe, read, stored, **where)
     if model.streamed and model.streamed.refused:
         warnings.warn(f"host memory is not pinned, so copies take longer: {model.streamed.refused}", stacklevel=4)

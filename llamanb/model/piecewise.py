@@ -34,6 +34,7 @@ def load_piecewise(
     dtype: torch.dtype,
     device: torch.device,
     attention: str,
+    streams: Callable | None = None,
 ) -> LlamaForCausalLM:
     """A Llama in 4 bits, with the weights of its `streamed` layers in host memory; as its `streamed` the StreamedLayers
     that bring them, None where there is none.
@@ -43,6 +44,7 @@ def load_piecewise(
             checkpoint that is in 4 bits already.
         dtype: of arithmetic, and of what is not quantized.
         attention: transformers' name of it.
+        streams: makes the StreamedLayers, from what those are made of; None: they themselves.
 
     Raises ModelError where a weight is not stored.
     """
@@ -69,7 +71,7 @@ def load_piecewise(
         model.tie_weights()
     model.is_loaded_in_4bit = True  # peft asks this, and the Trainer the next line, before it would move the model
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-    model.streamed = StreamedLayers(decoder.layers, streamed, BUFFERS, device) if streamed else None
+    model.streamed = (streams or StreamedLayers)(decoder.layers, streamed, BUFFERS, device) if streamed else None
     return model.eval()
 
 

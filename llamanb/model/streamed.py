@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,13 +73,13 @@ class StreamedLayers:
         if buffers < 2:
             raise ValueError(f"buffers = {buffers}: one is read while another is filled")
         device = torch.device(device)
-        self.hosts = {n: HostLayer(layers[n], pinned=device.type == "cuda") for n in numbers}
+        self.hosts = {n: self._home(layers[n], device) for n in numbers}
         size = max(host.size for host in self.hosts.values())
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(buffers)]
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         """Of a layer in a buffer: to make them takes longer than all else of a visit."""
         self._held: list[int | None] = [None] * buffers
-        self._at = -1
+        self._at, self._down = -1, False
         on_gpu = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if on_gpu else None
         self._arrived = [torch.cuda.Event() for _ in range(buffers)] if on_gpu else []
@@ -100,6 +100,10 @@ class StreamedLayers:
         """Why host memory is not pinned, where it is not."""
         return next((host.refused for host in self.hosts.values() if host.refused), "")
 
+    @staticmethod
+    def _home(layer: nn.Module, device: torch.device) -> HostLayer:
+        return HostLayer(layer, pinned=device.type == "cuda")
+
     def visit(self, number: int) -> None:
         """Has the layer's weights on the card before any work that is launched from here on; begins to copy those of
         the layers that come next, into buffers that no work launched so far has yet to read. To be called for every
@@ -107,12 +111,16 @@ class StreamedLayers:
         if number == self._at:
             return
         coming = self._coming(number)[: len(self.buffers)]
-        self._at = number
+        self._down, self._at = number < self._at, number
         for layer in coming:
             if layer not in self._held:
                 self._fetch(layer, coming)
         if number in self.hosts:
             self._use(number)
+
+    def passes(self, count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Around so many micro-batches; what it gives is to be called as each begins."""
+        return contextlib.nullcontext(lambda: None)
 
     def stalled_s(self) -> float:
         """Seconds that the GPU's work has waited for copies since this was last asked; waits until it is done."""
@@ -141,7 +149,7 @@ class StreamedLayers:
         host, buffer = self.hosts[number], self.buffers[slot]
         self.copied += host.size
         if self._side is None:
-            buffer[: host.size].copy_(host.memory)
+            self._copy(buffer[: host.size], host.memory)
             return
         self._side.wait_stream(torch.cuda.current_stream())  # what was launched so far may still read this buffer
         with torch.cuda.stream(self._side):

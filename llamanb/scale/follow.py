@@ -13,7 +13,7 @@ from llamanb.data import load_data
 from llamanb.errors import DataError, RecipeError
 from llamanb.model import attach_adapters, load_model
 from llamanb.quiet import quiet_libraries
-from llamanb.scale.peers import Peers
+from llamanb.scale.peers import SERVE, Peers, shared_layers
 from llamanb.training.resume import rows_hash
 from llamanb.training.step import heaviest
 from llamanb.training.trainer import build_trainer, use_threads_that_pay
@@ -34,7 +34,7 @@ def follow(ranks: Peers) -> None:
         raise DataError(f"the rows on {ranks.host} are not those of rank 0", "their hash differs", fix)
     transformers.set_seed(plan.recipe.seed)
     with quiet_libraries(), tempfile.TemporaryDirectory() as aside:
-        model = load_model(plan, data.tokenizer)
+        model = load_model(plan, data.tokenizer, streams=ranks.streams)
         use_threads_that_pay(model)
         if plan.recipe.adapters:
             model = attach_adapters(model, plan.recipe)
@@ -42,6 +42,9 @@ def follow(ranks: Peers) -> None:
         trainer.probe = heaviest(data.train, plan)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
         while start := ranks.told():
+            if start == SERVE:
+                shared_layers(model).serve()
+                continue
             trainer.args.learning_rate = start.learning_rate
             trainer.learns, trainer.bad = True, 0
             if trainer.optimizer:

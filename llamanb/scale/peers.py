@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Any
@@ -25,6 +26,8 @@ PATIENCE = timedelta(days=7)
 """For rank 0's word: it may be scoring. One that dies closes its connections, and whoever launched it ends the rest."""
 STEP_PATIENCE = timedelta(minutes=30)
 """For a step's gradients: a share that ran out of memory is computed again."""
+SERVE = "serve"
+"""Rank 0's word that it computes alone, and needs the others' parts of the layers."""
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 """Variables that torchrun and accelerate launch set."""
 
@@ -104,6 +107,19 @@ class Peers(Ranks):
     def watchers(self, timeline=None) -> list:
         return [Together(self, timeline)]
 
+    def streams(self, *arguments):
+        from llamanb.scale.sharded import ShardedLayers
+
+        return ShardedLayers(self, *arguments)
+
+    @contextlib.contextmanager
+    def scoring(self, model) -> Iterator[None]:
+        layers = shared_layers(model)
+        if layers:
+            self.tell(SERVE)
+        with layers.leading() if layers else contextlib.nullcontext():
+            yield
+
     def share(self, lengths: Sequence[int]) -> list[int]:
         """From the longest row on, each goes to whoever has fewest tokens so far."""
         tokens, mine = [0] * self.count, []
@@ -146,6 +162,13 @@ class Together(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         control.should_training_stop = self._ends  # an interrupt that came meanwhile is for the next step
+
+
+def shared_layers(model):
+    """The layers whose weights ranks share; None where each has a copy."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = getattr(core, "streamed", None)
+    return layers if hasattr(layers, "serve") else None
 
 
 def _add_up(tensors: Sequence[Tensor]) -> None:

@@ -216,7 +216,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     instants = scene.instants = Instants(timeline, gpu=plan.card.is_gpu)
     instants.begins("load")
     print(f"loading {recipe.model}", flush=True)
-    model = scene.model = load_model(plan, data.tokenizer)
+    model = scene.model = load_model(plan, data.tokenizer, streams=ranks.streams)
     use_threads_that_pay(model)
     if recipe.adapters:
         model = scene.model = attach_adapters(model, recipe)
@@ -224,7 +224,8 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     if data.held_out and not progress.before:
         instants.begins("score")
         print(f"scoring {len(data.held_out)} held-out rows before training", flush=True)
-        progress = dataclasses.replace(progress, before=evaluate(model, data))
+        with ranks.scoring(model):
+            progress = dataclasses.replace(progress, before=evaluate(model, data))
 
     interrupt = StopOnInterrupt()
     watchers = [LiveView(timeline), interrupt, *callbacks, *ranks.watchers(timeline)]
@@ -252,7 +253,6 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
                 result = train_finite(trainer, saves, checkpoint)
         finally:
             let_go()
-        ranks.tell(None)
         train_s = saves.progress.train_s + result.metrics["train_runtime"]
         if trainer.state.global_step < trainer.state.max_steps:
             status = INTERRUPTED if interrupt.asked else f"stopped after {recipe.stop_after_min or 0:g} minutes"
@@ -266,11 +266,13 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     if progress.before:
         instants.begins("score")
         print("scoring the held-out rows again", flush=True)
-        scene.run = scene.run.replace(scores=compare(progress.before, evaluate(model, data), data))
+        with ranks.scoring(model):
+            scene.run = scene.run.replace(scores=compare(progress.before, evaluate(model, data), data))
         write_model_card(saved, scene.plan, str(scene.run.scores.tables()[0]))
         print(scene.run.scores.verdict, flush=True)
     scene.run = scene.run.replace(status=status)
     scene.run.save()
+    ranks.tell(None)
 
 
 def _require_host_memory(plan: Plan) -> None:

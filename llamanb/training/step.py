@@ -54,6 +54,8 @@ class StepTrainer(SFTTrainer):
         self.tokens = 0
         """Trained on so far, padding left out."""
         self.fused = None
+        self.passes = _alone
+        """Around a step's micro-batches, where several ranks go through the layers together."""
         self.slow = ""
         """Why steps take longer than planned, in words."""
         self.probe: dict | None = None
@@ -70,6 +72,7 @@ class StepTrainer(SFTTrainer):
             else:
                 streamed = getattr(self.model.get_base_model(), "streamed", None) if plan.streamed else None
                 self.fused = FusedDecoder(self.model, plan.layers, plan.kernel, streamed)
+                self.passes = streamed.passes if streamed else _alone
                 if plan.card.is_gpu and Fast.why_not:
                     self.slow = f"fused, but without kernels: {Fast.why_not}"
 
@@ -100,6 +103,8 @@ class StepTrainer(SFTTrainer):
 
     def _recovering(self, work: Callable[[], Tensor]) -> Tensor:
         """What `work` returns, with as many smaller plans as it takes; from the same random state, and no gradients."""
+        if self.plan.shards > 1:
+            return self._together(work)
         before = _random_state()
 
         def otherwise(error: BaseException) -> Callable[[], Tensor] | None:
@@ -114,6 +119,22 @@ class StepTrainer(SFTTrainer):
             return less and again
 
         return attempt(work, otherwise)
+
+    def _together(self, work: Callable[[], Tensor]) -> Tensor:
+        """The same for ranks that share the layers: when memory runs out on one, all do it again."""
+        before = _random_state()
+        while True:
+            lacks: list[str] = []
+            total = attempt(work, lambda error, lacks=lacks: lacks.append(first_line(error)) or (lambda: None))
+            if not any(self.ranks.all_of(bool(lacks))):
+                return total
+            self.model.zero_grad()
+            _set_random_state(before)
+            if lacks:
+                less = smaller(self.plan)
+                if less is None:
+                    raise torch.OutOfMemoryError(lacks[0])
+                self._take(less, lacks[0])
 
     def _take(self, less: Plan, why: str) -> None:
         was, self.plan = self.plan, less
@@ -130,9 +151,13 @@ class StepTrainer(SFTTrainer):
         self.replanned(self.plan)
 
     def _summed(self, model, inputs: dict, num_items_in_batch) -> Tensor:
-        total = 0
-        with self.fused.step() if self.fused else contextlib.nullcontext():
-            for micro in self._micro_batches(inputs):
+        total, micro_batches = 0, list(self._micro_batches(inputs))
+        with (
+            self.passes(len(micro_batches)) as begin,
+            self.fused.step() if self.fused else contextlib.nullcontext(),
+        ):
+            for micro in micro_batches:
+                begin()
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, self._prepare_inputs(micro), num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(loss)
@@ -158,6 +183,10 @@ class StepTrainer(SFTTrainer):
         for rows in pack(lengths, plan.micro_batch_size * plan.length):
             taken = [torch.cat([of[i] for i in rows]) for of in (ids, labels)]
             yield {"input_ids": taken[0], "labels": taken[1], "lengths": [lengths[i] for i in rows]}
+
+
+def _alone(count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
+    return contextlib.nullcontext(lambda: None)
 
 
 def _rows(inputs: dict, numbers: Sequence[int]) -> dict:

@@ -19,6 +19,7 @@ from llamanb.tiny import DEFAULTS
 from tests.conftest import ROOT
 
 CPU = Card("CPU", None)
+LACK = "out of memory"
 STEPS = 8
 
 
@@ -28,12 +29,13 @@ def recipe(**more):
     return Recipe(**{**DEFAULTS, **few, **more})
 
 
-def started(folder, fault="", cards=2, **more):
+def started(folder, fault="", cards=2, sharded=False, **more):
     """Launched as `launch` does it, with a fault on rank 1."""
     path = folder / "recipe.json"
     path.write_text(recipe(**more).to_json())
     arguments = command(path, cards, "run", folder, module="tests.rank_process")
     environment = os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"SHARDED": "1"} if sharded else {}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(arguments, env=environment, start_new_session=True, cwd=ROOT, **pipes)
 
@@ -89,21 +91,11 @@ def test_a_rank_that_is_killed_ends_the_others_and_any_number_goes_on(alone, tmp
 
 @pytest.mark.slow
 def test_memory_that_runs_out_on_one_rank_changes_no_number(alone, tmp_path):
-    process = started(tmp_path, "out of memory")
+    process = started(tmp_path, LACK)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "out of memory at step 5" in said
     assert Run.open(tmp_path / "run").losses == pytest.approx(alone.losses, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_no_number_on_one_rank_is_skipped_by_all(tmp_path):
-    process = started(tmp_path, "not a number")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    run = Run.open(tmp_path / "run")
-    assert [step.step for step in run.timeline.steps if step.skipped] == [5]
-    assert run.status == "finished"
 
 
 @pytest.mark.slow
@@ -129,6 +121,25 @@ def test_an_interrupt_ends_all_ranks_after_the_same_step(alone, tmp_path):
     assert run.status == "interrupted"
     assert run.timeline.steps[-1].step < 10_000
     assert ranks_of(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cards", "fault"), [(3, LACK), (2, f"{LACK} in the backward pass"), (2, "not a number")]
+)
+def test_layers_that_ranks_share(alone, tmp_path, cards, fault):
+    """Each holds a part of every layer; scores are rank 0's alone."""
+    process = started(tmp_path, fault, cards, sharded=True, eval_rows=6, weights="streamed")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    run = Run.open(tmp_path / "run")
+    assert (run.status, run.plan.shards) == ("finished", cards)
+    assert (f"{LACK} at step 5" in said) == (LACK in fault)
+    if fault != "not a number":
+        assert run.losses == pytest.approx(alone.losses, rel=1e-5)
+    else:
+        assert [step.step for step in run.timeline.steps if step.skipped] == [5]
+    assert run.scores.after.loss < run.scores.before.loss
 
 
 def test_too_many_processes_are_refused_before_any_is_launched(monkeypatch):
