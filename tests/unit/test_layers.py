@@ -186,7 +186,7 @@ def test_only_the_optimizer_step_knows_fused_layers():
 
 def test_only_loading_and_fused_layers_know_streamed_ones():
     """They are counted apart too (docs/decisions/0019)."""
-    assert _uses("llamanb.model.streamed") == {"model/fused", "model/piecewise"}
+    assert _uses("llamanb.model.streamed") == {"model/fused", "model/piecewise", "scale/sharded"}
     assert _uses("llamanb.model.piecewise") == {"model/load"}
     assert _uses("llamanb.model.quantized") == {"model/piecewise"}
 
