@@ -93,8 +93,8 @@ def measure(name: str, resident: bool) -> dict:
     }
 
 
-def trained(plan: Plan, link: float | None) -> dict:
-    """Peaks and times of STEPS steps of random rows with random weights."""
+def trained(plan: Plan, link: float | None, steps: int = STEPS) -> dict:
+    """Peaks and times of so many steps of random rows with random weights."""
     import tempfile
 
     import torch
@@ -109,10 +109,10 @@ def trained(plan: Plan, link: float | None) -> dict:
     from llamanb.watch.instants import Instants
 
     shape, tokenizer = architecture(plan.recipe.model), _tokenizer()
-    plan = plan.replace(recipe=plan.recipe.replace(steps=STEPS))
+    plan = plan.replace(recipe=plan.recipe.replace(steps=steps))
     if link:
         StreamedLayers._copy = staticmethod(_held_to(link))
-    rows = random_rows(shape.vocabulary, plan.length, plan.micro_batch_size, STEPS * plan.recipe.effective_batch_size)
+    rows = random_rows(shape.vocabulary, plan.length, plan.micro_batch_size, steps * plan.recipe.effective_batch_size)
     data = TrainingData("random", "token ids", tokenizer, rows, [], [], [])
     instants, begin = Instants(), time.monotonic()
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,7 @@ def trained(plan: Plan, link: float | None) -> dict:
         "reserved": round(instants.reserved / GIB, 3),
         "step_s": round(plan.accumulation * micro + optimizer, 3),
         "stall_s": round(sum(stalls[1:]) / max(1, len(stalls) - 1), 3) if streamed else None,
-        "copied_gb_a_step": round(streamed.copied / STEPS / 1e9, 1) if streamed else None,
+        "copied_gb_a_step": round(streamed.copied / steps / 1e9, 1) if streamed else None,
         "pinned": not streamed.refused if streamed else None,
         "losses": [round(line["loss"], 5) for line in trainer.state.log_history if "loss" in line],
     }
