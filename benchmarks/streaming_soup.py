@@ -15,15 +15,18 @@ import sys
 import time
 from pathlib import Path
 
-VRAM_GIB, LENGTH, RANK, STEPS = 3.65, 512, 16, 6
+VRAM_GIB, LENGTH, RANK, STEPS = 3.65, 512, 16, 5
 GIB = 2**30
+_CHUNKS = {"rewind_log": False, "stream_loss_chunk": 64}
 OPTIONS: dict[str, dict] = {
     "Soup": {},
-    "Soup, chunks": {"stream_loss_chunk": 64},
-    "Soup, chunks, scales": {"stream_loss_chunk": 64, "stream_nf4_scale_cache": True},
+    "Soup, chunks": _CHUNKS,
+    "Soup, chunks, scales": {**_CHUNKS, "stream_nf4_scale_cache": True},
+    "Soup, chunks, layers": {**_CHUNKS, "stream_recompute": "auto", "stream_vram_override": int(VRAM_GIB * GIB)},
 }
-"""What each way of running Soup sets under `training:` beside its defaults, all of it documented: the loss in chunks of
-so many tokens of each row makes room for more rows, and nf4's scales, once expanded, stay on the card."""
+"""What each way of running Soup sets under `training:` beside its defaults, all of it documented. The loss in chunks of
+so many tokens of each row, and no log of each row's loss, which takes the logits again, make room for more rows; nf4's
+scales once expanded stay on the card; and as many layers as fit are not recomputed."""
 
 
 def soup_config(checkpoint: Path, name: str, rows: int) -> dict:
@@ -103,7 +106,6 @@ def run_soup(folder: Path) -> None:
             self.ends_s.append(time.perf_counter())
             if state.global_step < state.max_steps:
                 return
-            free, total = torch.cuda.mem_get_info() if gpu else (0, 0)
             found = {
                 "status": "ok",
                 "dtype": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
@@ -111,7 +113,6 @@ def run_soup(folder: Path) -> None:
                 "tokens": self.tokens,
                 "allocated": round(torch.cuda.max_memory_allocated() / GIB, 3) if gpu else None,
                 "reserved": round(torch.cuda.max_memory_reserved() / GIB, 3) if gpu else None,
-                "driver_gib": round((total - free) / GIB, 3),
                 "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "versions": versions("soup-cli", "trl", "transformers", "peft", "bitsandbytes", "torch"),
             }

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from benchmarks import streaming_peer
 from benchmarks.streaming_peer import LLAMANB, TURNS, our_plan, report
-from benchmarks.streaming_soup import LENGTH, OPTIONS, RANK, STEPS, VRAM_GIB, step_seconds, write_soup
+from benchmarks.streaming_soup import GIB, LENGTH, OPTIONS, RANK, STEPS, VRAM_GIB, step_seconds, write_soup
 from llamanb import Card
 
 
@@ -21,7 +23,7 @@ def test_soup_gets_its_defaults_its_options_and_rows_that_fill_every_pass(tmp_pa
     assert (training["stream_layers"], training["quantization"], training["lora"]["r"]) == (True, "4bit", RANK)
     assert (training["batch_size"], training["gradient_accumulation_steps"]) == (2, 1)
     assert OPTIONS[name].items() <= training.items()
-    assert {key for key in training if key.startswith("stream_")} == {"stream_layers", "stream_source", *OPTIONS[name]}
+    assert training.get("stream_vram_override") in (None, int(VRAM_GIB * GIB))
     rows = [json.loads(line) for line in (tmp_path / config["data"]["train"]).read_text().splitlines()]
     assert len(rows) == 2 * STEPS
     assert min(len(row["output"].split()) for row in rows) > LENGTH  # a word is a token at least
@@ -56,6 +58,33 @@ def test_the_report_holds_each_against_the_best_of_soup(tmp_path):
     assert "| Soup | 2 | out of memory |  |  |  |  |  |" in text
     assert text[-1] == "Best of each within 3.65 GiB: 4096 and 512 tokens/s, 8.0×."
     assert {row.count("|") for row in text[:-2]} == {9}
+
+
+class Played(streaming_peer.Turn):
+    """A turn without a process, which runs out of memory from four rows on."""
+
+    def __init__(self, name, rows, work, checkpoint, soup_site):
+        self.name, self.rows, self.folder = name, rows, Path(tempfile.mkdtemp(dir=work))
+        (self.folder / "log").write_text("fine\n" if rows < 4 else "│ torch.OutOfMemoryError: CUDA out of memory. │\n")
+
+    waits = True
+
+    def take(self, limit_s):
+        return {"status": self._why(True, limit_s), "wall_s": 0.0}
+
+    def end(self):
+        pass
+
+
+def test_no_more_rows_are_tried_than_those_that_were_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming_peer, "Turn", Played)
+    turns = [("Soup", 1), ("Soup", 4), ("Soup", 8), ("Soup", 2), ("Soup, chunks", 8)]
+    streaming_peer.run(tmp_path / "out", tmp_path, "", 100.0, turns)
+    said = [json.loads(line)["status"] for line in (tmp_path / "out").read_text().splitlines()]
+    lack = "out of memory: torch.OutOfMemoryError: CUDA out of memory."
+    assert said == ["fine", lack, "not run: 4 rows were too many", "fine", lack]
+    streaming_peer.run(tmp_path / "out", tmp_path, "", 1.0, turns[:1])
+    assert json.loads((tmp_path / "out").read_text().splitlines()[-1])["status"] == "not run: no time left"
 
 
 def test_soups_process_imports_nothing_of_llamanb():
