@@ -124,9 +124,7 @@ def test_an_interrupt_ends_all_ranks_after_the_same_step(alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cards", "fault"), [(3, LACK), (2, f"{LACK} in the backward pass"), (2, "not a number")]
-)
+@pytest.mark.parametrize(("cards", "fault"), [(3, LACK), (2, f"{LACK} in the backward pass"), (2, "not a number")])
 def test_layers_that_ranks_share(alone, tmp_path, cards, fault):
     """Each holds a part of every layer; scores are rank 0's alone."""
     process = started(tmp_path, fault, cards, sharded=True, eval_rows=6, weights="streamed")
