@@ -173,7 +173,7 @@ def run(out: Path, names: list[str], counts: list[int]) -> None:
 
 def report(paths: list[Path]) -> str:
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    header = "row, cards, layers, micro-batches, tokens/s, times one card, adding up of a step, planned GiB, each card's"
+    header = "row, cards, layers, micro-batches, tokens/s, times one card, adding up, planned GiB, each card's"
     text = [f"| {' | '.join(header.split(', '))} |", "|" + "---|" * 9]
     alone = {line["row"]: line["tokens_s"] for line in lines if line["cards"] == 1 and "error" not in line}
     for line in lines:
