@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from llamanb import Card, Recipe
@@ -28,8 +29,11 @@ from llamanb.planner import plan
 ROWS: dict[str, dict] = {
     "8b-2048": {"model": "meta-llama/Llama-3.1-8B-Instruct", "length": 2048, "batch": 16, "micro": 2},
     "8b-512": {"model": "meta-llama/Llama-3.1-8B-Instruct", "length": 512, "batch": 16, "micro": 8},
+    "70b-24": {"model": "meta-llama/Llama-3.3-70B-Instruct", "card": "RTX 4090", "length": 2048, "batch": 8},
+    "8b-6": {"model": "meta-llama/Llama-3.1-8B-Instruct", "card": "T4", "free_gib": 6.0, "length": 1024, "batch": 16},
     "1b-2048": {"model": "meta-llama/Llama-3.2-1B-Instruct", "length": 2048, "batch": 16, "micro": 4},
 }
+"""`card`: each GPU is held to it, to `free_gib` of it where that is said; a model that has no room there is shared."""
 STEPS, WARM = 10, 2
 SIZES_MIB = (1, 16, 64, 256)
 """Of single sums of gradients, for the page on where data parallel stops paying."""
@@ -51,22 +55,28 @@ def measure(name: str) -> dict | None:
     from llamanb.training.trainer import build_trainer
     from llamanb.watch.instants import Instants
 
-    row, card = ROWS[name], Card.here()
+    row = ROWS[name]
+    card = Card.pretend(row["card"]) if "card" in row else Card.here()
+    if "free_gib" in row:
+        card = replace(card, free_gib=row["free_gib"])
+        torch.cuda.set_per_process_memory_fraction(
+            card.free_gib * GIB / torch.cuda.get_device_properties(0).total_memory
+        )
     recipe = Recipe(
         model=row["model"],
         max_length=row["length"],
         effective_batch_size=row["batch"],
-        micro_batch_size=row["micro"],
+        micro_batch_size=row.get("micro"),
         steps=STEPS,
         eval_rows=0,
     )
     made, shape, tokenizer = plan(recipe, card, cards=ranks.count), architecture(row["model"]), _tokenizer()
-    rows = random_rows(shape.vocabulary, row["length"], row["micro"], STEPS * row["batch"])
+    rows = random_rows(shape.vocabulary, row["length"], made.micro_batch_size, STEPS * row["batch"])
     data = TrainingData("random", "token ids", tokenizer, rows, [], [], [])
     ends: list[float] = []
     instants = Instants()
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
-        model = attach_adapters(load_model(made, tokenizer, shape), recipe)
+        model = attach_adapters(load_model(made, tokenizer, shape, ranks.streams), recipe)
         torch.cuda.empty_cache()
         trainer = build_trainer(made, model, data, Path(folder), ranks.watchers(), ranks=ranks)
         trainer.args.train_sampling_strategy = "sequential"
@@ -82,6 +92,7 @@ def measure(name: str) -> dict | None:
         "gpu": torch.cuda.get_device_name(),
         "micro_batch": made.micro_batch_size,
         "accumulation": made.accumulation,
+        "shards": made.shards,
         "planned": {"reserved": made.needs_gib, "step_s": made.step_s},
         "step_s": step_s,
         "tokens_s": row["batch"] * row["length"] / step_s,
@@ -162,20 +173,21 @@ def run(out: Path, names: list[str], counts: list[int]) -> None:
 
 def report(paths: list[Path]) -> str:
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    header = "row, cards, micro-batches a card, tokens/s, times one card, adding up of a step, planned GiB, each card's"
-    text = [f"| {' | '.join(header.split(', '))} |", "|" + "---|" * 8]
+    header = "row, cards, layers, micro-batches, tokens/s, times one card, adding up, planned GiB, each card's"
+    text = [f"| {' | '.join(header.split(', '))} |", "|" + "---|" * 9]
     alone = {line["row"]: line["tokens_s"] for line in lines if line["cards"] == 1 and "error" not in line}
     for line in lines:
         if "error" in line:
             text.append(
-                f"| {line['row']} | {line['cards']} | failed: {line['error'].splitlines()[-1][:100]} |" + " |" * 5
+                f"| {line['row']} | {line['cards']} | failed: {line['error'].splitlines()[-1][:100]} |" + " |" * 6
             )
             continue
         times = f"{line['tokens_s'] / alone[line['row']]:.2f}" if line["row"] in alone else ""
         share = f"{line['adding_up_s'] / line['step_s']:.1%}" if line["cards"] > 1 else ""
         seen = ", ".join(f"{rank['reserved']:.2f}" for rank in line["ranks"])
         batch = f"{line['accumulation']} × {line['micro_batch']}"
-        cells = [line["row"], line["cards"], batch, f"{line['tokens_s']:,.0f}", times, share]
+        layers = "shared" if line.get("shards", 1) > 1 else "copied"
+        cells = [line["row"], line["cards"], layers, batch, f"{line['tokens_s']:,.0f}", times, share]
         text.append("| " + " | ".join(map(str, [*cells, f"{line['planned']['reserved']:.2f}", seen])) + " |")
     return "\n".join(text) + "\n"
 
