@@ -121,7 +121,10 @@ class Plan:
             ("layers", "fused" if self.fused else "as transformers and peft have them", "fused"),
             ("optimizer", self.optimizer, "optimizer"),
         ]
-        if self.streamed:
+        if self.shards > 1:
+            why = "a copy has no room on each; each layer's parts are gathered before it is computed"
+            chosen.append(("weights", f"of all layers in parts, shared by {self.shards} cards", why))
+        elif self.streamed:
             what = f"of {len(self.streamed)} of {len(self.layers)} layers in host memory: {self.streamed_gib:.1f} GiB"
             chosen.append(("weights", what, "weights"))
         rows = [(a, b, self.reasons.get(name, "")) for a, b, name in chosen]

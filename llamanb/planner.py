@@ -17,6 +17,7 @@ from llamanb.machine import host_memory
 from llamanb.memory import outline
 from llamanb.recipe import Recipe
 from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest
+from llamanb.streaming import can_stream
 from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload, spread
 
 MEASURED_WITH = {
@@ -66,7 +67,8 @@ def plan(
         force: return the plan that comes closest where none is predicted to fit, however long the rows.
         host_gib: host memory that is free, for weights that are streamed, each card's own; None: this machine's where
             the card is this machine's, and else as much as it takes.
-        cards: that share each step's rows, each with a copy of the model; the plan is for one of them.
+        cards: that share each step's rows, each with a copy of the model, or with a part of its weights where a copy
+            does not fit; the plan is for one of them.
 
     Raises:
         DoesNotFitError: with the smallest changes that would fit.
@@ -84,9 +86,29 @@ def plan(
         raise RecipeError(
             f"max_length = {recipe.max_length}", f"{model.name} has {model.max_positions} positions", "set it lower"
         )
-    one = recipe if cards == 1 else _share(recipe, cards)
-    made = search(one, card, model, data=data, force=force) if card.is_gpu else _plan_on_cpu(one, card, model, data)
-    return made if cards == 1 else made.replace(recipe=recipe, cards=cards, steps=steps_of(recipe, data))
+    if cards > 1 or cards < 1:
+        return _on_cards(recipe, card, model, cards, data, force)
+    return (
+        search(recipe, card, model, data=data, force=force) if card.is_gpu else _plan_on_cpu(recipe, card, model, data)
+    )
+
+
+def _on_cards(recipe: Recipe, card: Card, model: Architecture, cards: int, data, force: bool) -> Plan:
+    """With a copy of the model on each card; where it does not fit, with the frozen weights shared among them; and
+    where that does not either, each card's own streamed from host memory."""
+    one = _share(recipe, cards)
+    kept = one.replace(weights="resident")
+    if not card.is_gpu:
+        made = _plan_on_cpu(one, card, model, data)
+    elif recipe.weights == "streamed" or not can_stream(recipe):
+        made = search(one, card, model, data=data, force=force)
+    else:
+        made = search(kept, card, model, data=data, force=True)
+        if not made.fits and made.fused:
+            made = search(kept, card, model, data=data, force=True, streamed=model.layers, shards=cards)
+        if not made.fits:
+            made = search(one, card, model, data=data, force=force)
+    return made.replace(recipe=recipe, cards=cards, steps=steps_of(recipe, data))
 
 
 def _share(recipe: Recipe, cards: int) -> Recipe:
@@ -103,9 +125,17 @@ def _share(recipe: Recipe, cards: int) -> Recipe:
 
 
 def search(
-    recipe: Recipe, card: Card, model: Architecture, *, data=None, force: bool = False, streamed: int = 0
+    recipe: Recipe,
+    card: Card,
+    model: Architecture,
+    *,
+    data=None,
+    force: bool = False,
+    streamed: int = 0,
+    shards: int = 1,
 ) -> Plan:
-    """`plan` for a GPU and a model whose shape is known; so many layers `streamed`, where the recipe streams none."""
+    """`plan` for a GPU and a model whose shape is known; so many layers `streamed`, where the recipe streams none,
+    or shared by so many cards (`shards`)."""
     dtype, why_dtype = card.choose_precision(recipe.precision)
     length = _length(recipe, data)
     attention, kernel, why_attention = _attention(card, dtype)
@@ -115,7 +145,7 @@ def search(
         kernel = "flash"  # rows that lie one behind the other, none padded, are no work for cuDNN's here
     base = workload(
         recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=length, fused=not why_not_fused
-    ).replace(streamed=streamed)
+    ).replace(streamed=streamed, shards=shards)
     limit = _limit(recipe, card)
     timed = replace(card, tflops=None) if recipe.dora else card  # fp32 in the plan's memory, not in its arithmetic
     best, others = fastest(recipe, timed, base, limit)
@@ -145,6 +175,7 @@ def search(
         alternatives=tuple(_alternative(one, best, limit) for one in others),
         length=length,
         streamed=spread(best.work.streamed, model.layers),
+        shards=shards,
         streamed_gib=streaming.waiting_bytes(best.work) / GIB,
         limit_gib=limit / GIB,
         steps=steps_of(recipe, data),
@@ -214,7 +245,7 @@ def workload_of(plan: Plan, model: Architecture) -> Workload:
     """The workload that a plan was made for."""
     same = {name: getattr(plan, name) for name in ("dtype", "kernel", "optimizer", "length", "layers", "fused")}
     made = workload(plan.recipe, plan.card, model, rows=plan.micro_batch_size, **same)
-    return made.replace(streamed=len(plan.streamed))
+    return made.replace(streamed=len(plan.streamed), shards=plan.shards)
 
 
 def _alternative(one: Candidate, best: Candidate, limit: float) -> Alternative:

@@ -68,7 +68,8 @@ def counts_to_try(room: int, fits: Callable[[int], bool]) -> list[int]:
 
 def waiting_bytes(work: Workload) -> int:
     """Of weights in host memory: of streamed layers, and of the token embedding with them."""
-    return work.streamed * streamed_bytes(work) + _embedding(work) if work.streamed else 0
+    layers = work.streamed * streamed_bytes(work) if work.shards == 1 else 0
+    return layers + _embedding(work) if work.streamed else 0
 
 
 def _embedding(work: Workload) -> int:

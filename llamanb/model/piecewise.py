@@ -34,18 +34,17 @@ def load_piecewise(
     dtype: torch.dtype,
     device: torch.device,
     attention: str,
-    streams: Callable | None = None,
+    streams=None,
 ) -> LlamaForCausalLM:
     """A Llama in 4 bits, with the weights of its `streamed` layers in host memory, and its token embedding where the
-    head is not the same; as its `streamed` the StreamedLayers that bring them, None where there is none. What else
-    `streams` takes layers only.
+    head is not the same; as its `streamed` the StreamedLayers that bring them, None where there is none.
 
     Args:
         read: gives the tensors that `stored` names: of 16 bits, which are quantized as the recipe says, or of a
             checkpoint that is in 4 bits already.
         dtype: of arithmetic, and of what is not quantized.
         attention: transformers' name of it.
-        streams: makes the StreamedLayers, from what those are made of; None: they themselves.
+        streams: in the place of StreamedLayers, with a `home` for each layer.
 
     Raises ModelError where a weight is not stored.
     """
@@ -57,6 +56,7 @@ def load_piecewise(
     if missing := sorted({name for name, _ in model.named_parameters()} - tied - stored):
         why = f"{missing[0]} is not among its weights" + (f", nor {len(missing) - 1} others" if missing[1:] else "")
         raise ModelError("the weights are not complete", why, "fetch the checkpoint again")
+    hosts = {}
     for number, layer in enumerate(decoder.layers):
         for part in (layer.self_attn, layer.mlp):
             for name, child in list(part.named_children()):
@@ -64,8 +64,10 @@ def load_piecewise(
                     path = f"model.layers.{number}.{_name(layer, part)}.{name}.weight"
                     weight = _weight(path, recipe, read, stored, dtype, device)
                     setattr(part, name, _linear(child, recipe, weight, number in streamed))
+        if number in streamed:
+            hosts[number] = (streams or StreamedLayers).home(layer, device)
     for name, parameter in list(model.named_parameters()):
-        if name == "model.embed_tokens.weight" and streamed and not (tied or streams):
+        if name == "model.embed_tokens.weight" and streamed and not tied:
             decoder.embed_tokens = HostEmbedding(read(name).to(dtype), device)
         elif parameter.is_meta and name not in tied:
             made = nn.Parameter(read(name).to(device, dtype), requires_grad=False)
@@ -74,7 +76,7 @@ def load_piecewise(
         model.tie_weights()
     model.is_loaded_in_4bit = True  # peft asks this, and the Trainer the next line, before it would move the model
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-    model.streamed = (streams or StreamedLayers)(decoder.layers, streamed, BUFFERS, device) if streamed else None
+    model.streamed = (streams or StreamedLayers)(decoder.layers, hosts, BUFFERS, device) if streamed else None
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +68,23 @@ class StreamedLayers:
 
     Args:
         layers: of the decoder, all of them; those in `numbers` with their weights in host memory.
-        numbers: of the layers that are streamed.
+        numbers: of the layers that are streamed; or their homes, by number, where `home` made them already.
         buffers: on the card, two at least: one that is read, one that is filled.
         device: the card.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], numbers: Sequence[int], buffers: int, device: torch.device | str):
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        numbers: Sequence[int] | Mapping[int, HostLayer],
+        buffers: int,
+        device: torch.device | str,
+    ):
         if buffers < 2:
             raise ValueError(f"buffers = {buffers}: one is read while another is filled")
         device = torch.device(device)
-        self.hosts = {n: self._home(layers[n], device) for n in numbers}
+        made = isinstance(numbers, Mapping)
+        self.hosts = dict(numbers) if made else {n: self.home(layers[n], device) for n in numbers}
         size = max(host.size for host in self.hosts.values())
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(buffers)]
         self._views: dict[tuple[int, int], list[Tensor]] = {}
@@ -105,7 +112,8 @@ class StreamedLayers:
         return next((host.refused for host in self.hosts.values() if host.refused), "")
 
     @staticmethod
-    def _home(layer: nn.Module, device: torch.device) -> HostLayer:
+    def home(layer: nn.Module, device: torch.device) -> HostLayer:
+        """Where a layer's weights wait."""
         return HostLayer(layer, pinned=device.type == "cuda")
 
     def visit(self, number: int) -> None:

@@ -107,10 +107,11 @@ class Peers(Ranks):
     def watchers(self, timeline=None) -> list:
         return [Together(self, timeline)]
 
-    def streams(self, *arguments):
-        from llamanb.scale.sharded import ShardedLayers
+    @property
+    def streams(self):
+        from llamanb.scale.sharded import Sharing
 
-        return ShardedLayers(self, *arguments)
+        return Sharing(self)
 
     @contextlib.contextmanager
     def scoring(self, model) -> Iterator[None]:

@@ -8,7 +8,7 @@ for one that has no rows left, or no memory), and while rank 0 scores alone, the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,15 +37,13 @@ class ShardedLayers(StreamedLayers):
     """Gathers each layer when it is visited; otherwise as StreamedLayers.
 
     Args:
-        ranks: that share the layers; all of them make this with the same `layers`, `numbers` and `buffers`.
+        ranks: that share the layers; all of them make this with the same layers and number of buffers.
+        shards: their parts here, by number.
     """
 
-    def __init__(self, ranks: Peers, layers: Sequence[nn.Module], numbers: Sequence[int], buffers: int, device):
+    def __init__(self, ranks: Peers, layers: Sequence[nn.Module], shards: Mapping[int, Shard], buffers: int, device):
         self.ranks, self.leads, self._top = ranks, False, len(layers) - 1
-        super().__init__(layers, numbers, buffers, device)
-
-    def _home(self, layer: nn.Module, device: torch.device) -> Shard:
-        return Shard(layer, self.ranks, device)
+        super().__init__(layers, shards, buffers, device)
 
     def _fetch(self, number: int, coming: Sequence[int]) -> None:
         if self.leads:
@@ -114,3 +112,16 @@ class ShardedLayers(StreamedLayers):
             if held is not None:
                 self.hosts[held].bind(self.hosts[held].home)
         self._held, self._at, self._down = [None] * len(self.buffers), -1, False
+
+
+class Sharing:
+    """Makes a rank's shards, and what gathers them: what loading asks for in the place of StreamedLayers."""
+
+    def __init__(self, ranks: Peers):
+        self.ranks = ranks
+
+    def home(self, layer: nn.Module, device: torch.device) -> Shard:
+        return Shard(layer, self.ranks, device)
+
+    def __call__(self, layers: Sequence[nn.Module], shards: Mapping[int, Shard], buffers: int, device) -> ShardedLayers:
+        return ShardedLayers(self.ranks, layers, shards, buffers, device)

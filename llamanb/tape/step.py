@@ -62,11 +62,13 @@ class Step(DecoderLayer, FusedLayers):
                 kept = self._load_linear(*self.sides[name], width)
                 if layer in streamed:
                     free(*kept)
+            if layer in streamed and work.shards > 1:
+                new(self.part_bytes, WEIGHTS)
             for _ in range(2):
                 new(width * self.hidden, WEIGHTS)
         new(width * self.hidden, WEIGHTS)
         for _ in range(BUFFERS if streamed else 0):
-            new(self.streamed_bytes, WEIGHTS)
+            new(self.part_bytes * work.shards if work.shards > 1 else self.streamed_bytes, WEIGHTS)
         self.tape.mark(ADAPT)
         adapters = [
             (layer, name, part) for layer in range(model.layers) for name in self.targets for part in "AB"
@@ -117,6 +119,11 @@ class Step(DecoderLayer, FusedLayers):
                 pieces = [size // 2, *(nested if self.work.double_quant else [4 * constants])]
             total += sum(-(-piece // ALIGNED) * ALIGNED for piece in pieces)
         return total
+
+    @property
+    def part_bytes(self) -> int:
+        """What one of the cards that share a layer holds of it."""
+        return -(-self.streamed_bytes // (self.work.shards * ALIGNED)) * ALIGNED
 
     def micro_batch(self) -> None:
         if self.work.fused:

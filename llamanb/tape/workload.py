@@ -73,6 +73,8 @@ class Workload:
     """Bytes that cuBLAS holds, once for the forward's thread and once for the backward's."""
     streamed: int = 0
     """Layers whose weights lie in host memory (model/streamed.py), spread over all of them."""
+    shards: int = 1
+    """Cards that share those weights instead, each with a part of every layer on it (scale/sharded.py)."""
 
     @property
     def tokens(self) -> int:

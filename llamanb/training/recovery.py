@@ -44,7 +44,7 @@ def smaller(plan: Plan) -> Plan | None:
     free = recipe.replace(max_length=plan.length, micro_batch_size=None, checkpointing="auto")
     free = free.replace(effective_batch_size=plan.share, weights="resident")  # what is loaded stays where it is
     card = replace(plan.card, free_gib=min(SMALLER * takes, plan.card.free_gib))  # a forced plan may take more than all
-    found = search(free, card, shape, force=True, streamed=len(plan.streamed))
+    found = search(free, card, shape, force=True, streamed=len(plan.streamed), shards=plan.shards)
     if found.needs_gib >= takes:
         return None
     return _with(plan, found.micro_batch_size, found.layers).replace(memory=found.memory, time=found.time)

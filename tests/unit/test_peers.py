@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from llamanb import Card, Recipe, plan
+from llamanb.architecture import architecture
 from llamanb.errors import GpuError, RecipeError
 from llamanb.layout import Plan
+from llamanb.memory import _load_peaks
+from llamanb.planner import workload_of
 from llamanb.ranks import ALONE
 from llamanb.scale import peers
 from llamanb.scale.launch import _why
 from llamanb.scale.lead import require_even
 from llamanb.scale.peers import Peers, _buckets
+from llamanb.tape import streamed_bytes
 from llamanb.tiny import DEFAULTS
 from llamanb.training.recovery import smaller
 from tests.conftest import ROOT
@@ -127,3 +131,33 @@ def test_the_reason_is_found_in_what_was_printed():
     assert _why(ours).splitlines() == ours[1:4]
     assert _why(["Traceback", "ValueError: odd", *torchrun]) == "ValueError: odd"
     assert _why(torchrun) == "a rank ended without a word"
+
+
+def test_a_model_without_room_for_copies_is_shared_and_where_parts_have_none_streamed():
+    recipe = Recipe(model="meta-llama/Llama-3.3-70B-Instruct", max_length=2048, effective_batch_size=8)
+    four, two, copied = (
+        plan(recipe, "RTX 4090", cards=4),
+        plan(recipe, "RTX 4090", cards=2),
+        plan(recipe, "H200", cards=2),
+    )
+    assert (four.shards, len(four.streamed), four.fits) == (4, 80, True)
+    assert four.streamed_gib == pytest.approx(128256 * 8192 * 2 / 2**30), "the token embedding"
+    assert "shared by 4 cards" in str(four)
+    assert (two.shards, two.fits) == (1, True)
+    assert two.streamed_gib > 33, "each card's own"
+    assert (copied.shards, copied.streamed) == (1, ())
+    weights = [made.memory.buckets["weights"] for made in (four, copied)]
+    assert weights[0] < weights[1] / 4 + 2 * 2**30
+    less = smaller(four)
+    assert (less.shards, less.streamed) == (4, four.streamed)
+    assert less.needs_gib < four.needs_gib
+
+
+def test_what_cards_share_takes_a_part_of_each_layer_and_two_whole_ones():
+    shape = architecture(EIGHT)
+    work = plan(Recipe(model=EIGHT, weights="resident"), "T4", force=True)
+    work = workload_of(work, shape).replace(streamed=32)
+    of = {shards: _load_peaks(work.replace(shards=shards))["adapters made"]["weights"] for shards in (1, 2, 4)}
+    layer = streamed_bytes(work)
+    assert of[2] - of[1] == pytest.approx(32 * layer / 2, rel=0.01)
+    assert of[4] - of[1] == pytest.approx(32 * layer / 4, rel=0.01)
