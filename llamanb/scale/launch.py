@@ -27,7 +27,13 @@ class LaunchError(LlamanbError):
 
 
 def launch(
-    recipe: Recipe, cards: int = 2, *, name: str = "run", runs: str | Path = "runs", resume: bool | None = None
+    recipe: Recipe,
+    cards: int = 2,
+    *,
+    name: str = "run",
+    runs: str | Path = "runs",
+    resume: bool | None = None,
+    cpu: bool = False,
 ) -> Run:
     """Trains on so many cards of this machine, a process each, or on as many CPU processes where there is no GPU.
 
@@ -38,6 +44,7 @@ def launch(
         recipe: what to train; effective batch, order of the rows and result are those of one card.
         cards: processes; at most the rows of a step.
         name, runs, resume: as for `train`.
+        cpu: on CPU processes, also where there are GPUs: to try it with a tiny model.
 
     Raises:
         RecipeError: no sensible number of cards.
@@ -49,7 +56,7 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.json")
         path.write_text(recipe.to_json(), encoding="utf-8")
-        status, said = _shown(command(path, cards, name, Path(runs), resume), cards)
+        status, said = _shown(command(path, cards, name, Path(runs), resume), cards, cpu)
     if status:
         raise LaunchError(f"the training on {cards} cards ended with status {status}", _why(said), FIX)
     return Run.open(newest_folder(Path(runs), name))
@@ -73,12 +80,13 @@ def _why(said: list[str]) -> str:
     return next((line for line in reversed(list(before)) if line.strip()), "a rank ended without a word")
 
 
-def _shown(command: list[str], cards: int) -> tuple[int, list[str]]:
+def _shown(command: list[str], cards: int, cpu: bool) -> tuple[int, list[str]]:
     """Runs it, printing what it prints; an interrupt is passed on once, and it may end by itself."""
     said: list[str] = []
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cards))}  # torchrun would take one
+    environment = threads | os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=threads | os.environ, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)

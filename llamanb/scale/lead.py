@@ -11,7 +11,7 @@ from llamanb.data import load_data
 from llamanb.errors import UNREADABLE, GpuError, LlamanbError, RecipeError
 from llamanb.planner import plan
 from llamanb.quiet import quiet_libraries
-from llamanb.ranks import Ranks
+from llamanb.ranks import ALONE, Ranks
 from llamanb.recipe import Recipe
 from llamanb.training import train
 
@@ -29,15 +29,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--new", action="store_true", help="begin a new run, even where one could go on")
     args = parser.parse_args(arguments)
 
-    from llamanb.scale.peers import Peers
-
-    ranks = Peers.launched()
     with quiet_libraries():
-        return _trained(args, ranks)
+        return _trained(args)
 
 
-def _trained(args: argparse.Namespace, ranks: Ranks) -> int:
+def _trained(args: argparse.Namespace) -> int:
+    from llamanb.scale.peers import Peers  # bitsandbytes speaks as soon as it is imported
+
+    ranks = ALONE
     try:
+        ranks = Peers.launched()
         recipe = _recipe(args.recipe)
         if ranks.count == 1:
             _lead(recipe, args, ranks, [Card.here()])

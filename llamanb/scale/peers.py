@@ -30,6 +30,8 @@ SERVE = "serve"
 """Rank 0's word that it computes alone, and needs the others' parts of the layers."""
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 """Variables that torchrun and accelerate launch set."""
+ACCELERATE = "ACCELERATE_"
+"""How those begin with which accelerate launch gives the Trainer another precision, compiler or sharding."""
 
 
 class Peers(Ranks):
@@ -52,17 +54,22 @@ class Peers(Ranks):
         here it will see its own only.
 
         The launcher's variables leave the environment, so that transformers takes this for a training of its own: else
-        it would cut up the data, wrap the model and count steps in its own way.
+        it would cut up the data, wrap the model and count steps in its own way, or compute in another precision.
+
+        Raises GpuError where accelerate launched a single process of several that were asked for.
         """
+        told = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(ACCELERATE)}
+        if told and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+            why = "with --cpu, or configured for one GPU, accelerate launch starts one process whatever --num_processes"
+            fix = "accelerate launch --multi_gpu --num_processes 2 ..., also without a GPU; or torchrun"
+            raise GpuError("one process was launched where several were asked for", why, fix)
         count = int(os.environ.get("WORLD_SIZE", 1))
         if count == 1:
             return Ranks()
         found = cls(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", 0)))
-        if visible := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
-            own = visible.split(",")
-            os.environ["CUDA_VISIBLE_DEVICES"] = own[found.local] if found.local < len(own) else ""
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(found.local)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        own = str(found.local) if visible is None else "".join(visible.split(",")[found.local : found.local + 1])
+        os.environ["CUDA_VISIBLE_DEVICES"] = own
         return found
 
     def join(self) -> None:

@@ -71,7 +71,7 @@ def test_a_name_is_the_same_whatever_was_imported_before():
     [
         ("ipywidgets", ("ui",)),
         ("pynvml", ("nvml",)),
-        ("matplotlib", ("plots", "tradeoffs_picture", "shrink/picture")),
+        ("matplotlib", ("plots", "tradeoffs_picture", "shrink/picture", "scale/picture")),
         ("bitsandbytes", ("model", "training", "export")),
         ("trl", ("training",)),
         ("peft", ("model", "shrink/start")),

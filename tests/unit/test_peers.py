@@ -65,8 +65,29 @@ def test_a_launched_process_sees_its_own_gpu_only(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     Peers.launched()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    Peers.launched()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "none was to be used"
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert Peers.launched().count == 1
+
+
+def test_what_accelerate_tells_the_trainer_is_not_heard(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for name in ("WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert Peers.launched().count == 1
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+
+
+def test_one_process_where_several_were_asked_for_is_refused(monkeypatch):
+    """accelerate launch --cpu --num_processes 2 sets an address to meet at, and starts one process."""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Peers.launched().count == 1, "not accelerate's"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with pytest.raises(GpuError, match="one process was launched"):
+        Peers.launched()
 
 
 def test_cards_that_are_not_alike_are_refused():

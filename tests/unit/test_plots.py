@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from llamanb import plots
+from llamanb.scale.picture import losses_picture
 from llamanb.timeline import Sample, Step, Timeline
 from llamanb.tradeoffs_picture import tradeoffs_picture
 
@@ -77,6 +78,7 @@ def levels(axes) -> dict[float, str]:
         lambda: plots.live_picture(timeline(), "step 0 of 3"),
         lambda: plots.peaks_picture(PLANNED, SEEN, 14.0),
         lambda: plots.peaks_picture(PLANNED, {}, None),
+        lambda: losses_picture({"one": [2.0, 1.0], "two": [2.0, math.nan], "none": []}),
     ],
 )
 def test_every_picture_is_a_png_that_fits_a_notebook(picture, tmp_path):
@@ -96,6 +98,11 @@ def test_the_loss_in_words():
     assert repr(plots.loss_picture(WATCHED)) == words
     assert repr(plots.loss_picture(timeline())) == "Loss: no step yet"
     assert "nan at step 2" in repr(plots.loss_picture(timeline(losses=[1.0, math.nan])))
+
+
+def test_the_losses_of_several_runs_in_words():
+    words = "Loss of one: 2.000 at step 1, 0.500 at step 3; two: 2.000 at step 1, 2.000 at step 1"
+    assert repr(losses_picture({"one": [2.0, 1.0, 0.5], "two": [2.0], "none": []})) == words
 
 
 def test_the_memory_in_words():

@@ -153,6 +153,33 @@ def test_what_rank_0_says_is_the_error(tmp_path):
         launch(recipe(dataset="no such file.jsonl"), 2, runs=tmp_path)
 
 
+def accelerated(folder, *options):
+    """`accelerate launch`, without a configuration of this machine's."""
+    path = folder / "recipe.json"
+    path.write_text(recipe().to_json())
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2"]
+    arguments = [*launcher, "-m", "llamanb", str(path), "--runs", str(folder)]
+    environment = os.environ | {"HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it_too_whatever_precision_it_is_set_to(alone, tmp_path):
+    done = accelerated(tmp_path, "--multi_gpu", "--mixed_precision", "bf16", "--main_process_port", "0")
+    assert done.returncode == 0, done.stderr
+    run = Run.open(tmp_path / "run")
+    assert run.plan.cards == 2
+    assert run.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_accelerate_that_starts_one_process_of_two_is_told_so(tmp_path):
+    done = accelerated(tmp_path, "--cpu")
+    assert done.returncode != 0
+    assert "one process was launched where several were asked for" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_by_itself_it_trains_too(tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(recipe(steps=2).to_json())
