@@ -100,14 +100,13 @@ def _on_cards(recipe: Recipe, card: Card, model: Architecture, cards: int, data,
     kept = one.replace(weights="resident")
     if not card.is_gpu:
         made = _plan_on_cpu(one, card, model, data)
-    elif recipe.weights == "streamed" or not can_stream(recipe):
-        made = search(one, card, model, data=data, force=force)
     else:
-        made = search(kept, card, model, data=data, force=True)
-        if not made.fits and made.fused:
-            made = search(kept, card, model, data=data, force=True, streamed=model.layers, shards=cards)
-        if not made.fits:
-            made = search(one, card, model, data=data, force=force)
+        shared = {"streamed": model.layers, "shards": cards}
+        ways = [] if recipe.weights == "streamed" or not can_stream(recipe) else [{}, shared]
+        tried = (search(kept, card, model, data=data, force=True, **way) for way in ways)
+        made = next((one for one in tried if one.fits and (one.fused or one.shards == 1)), None) or search(
+            one, card, model, data=data, force=force
+        )
     return made.replace(recipe=recipe, cards=cards, steps=steps_of(recipe, data))
 
 

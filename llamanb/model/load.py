@@ -28,9 +28,7 @@ REPEATED = 10_000_019
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_model(
-    plan: Plan, tokenizer, shape: Architecture | None = None, streams: Callable | None = None
-) -> PreTrainedModel:
+def load_model(plan: Plan, tokenizer, shape: Architecture | None = None, streams=None) -> PreTrainedModel:
     """The recipe's base model on the plan's card, quantized as the recipe says, without adapters.
 
     Embeddings, head and norms stay in the 16-bit dtype they compute in: peft's usual preparation would cast them to
@@ -145,9 +143,7 @@ def random_config(shape: Architecture) -> LlamaConfig:
     )
 
 
-def piecewise_model(
-    plan: Plan, config: LlamaConfig, folder: Path | None, streams: Callable | None = None
-) -> LlamaForCausalLM:
+def piecewise_model(plan: Plan, config: LlamaConfig, folder: Path | None, streams=None) -> LlamaForCausalLM:
     """Loaded weight by weight, those of the plan's streamed layers into host memory; random where there is no folder.
     Raises ModelError where a weight is not stored."""
     from llamanb.model.piecewise import load_piecewise, quantized

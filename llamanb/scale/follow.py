@@ -45,9 +45,9 @@ def follow(ranks: Peers) -> None:
             if start == SERVE:
                 shared_layers(model).serve()
                 continue
-            trainer.args.learning_rate = start.learning_rate
+            checkpoint, trainer.args.learning_rate = start
             trainer.learns, trainer.bad = True, 0
             if trainer.optimizer:
                 trainer.optimizer.state.clear()
             with contextlib.suppress(FloatingPointError):  # then rank 0 has seen it too, and says where to go on
-                trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

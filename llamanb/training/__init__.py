@@ -116,16 +116,7 @@ def _continued(checkpoint: Path, plan: Plan, data: TrainingData, rows: str) -> P
     return progress
 
 
-def _watched(
-    plan: Plan,
-    data: TrainingData,
-    folder: Path,
-    checkpoint: Path | None,
-    progress: Progress,
-    report_to: str,
-    held: contextlib.ExitStack,
-    ranks: Ranks,
-) -> Run:
+def _watched(plan: Plan, data, folder: Path, checkpoint, progress: Progress, report_to, held, ranks) -> Run:
     """Trains while a thread samples memory; whatever happens can be shown from the folder. From its end on, interrupts
     are not heard until `held` ends."""
     replace_text(folder / "recipe.json", plan.recipe.to_json())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from llamanb.errors import LlamanbError
@@ -16,14 +15,6 @@ from llamanb.training.saves import CheckpointedTrainer, Saves
 
 MOST_RETURNS = 3
 """Of a run. When an eighth of the learning rate has not helped, it is something else."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """From where training begins, and begins again: what other ranks are told."""
-
-    checkpoint: Path | None
-    learning_rate: float
 
 
 class NotFiniteError(LlamanbError):
@@ -37,7 +28,7 @@ def train_finite(trainer: CheckpointedTrainer, saves: Saves, checkpoint: Path | 
         trainer.args.learning_rate = highest / 2 ** len(timeline.returns)
         trainer.tokens = timeline.steps[-1].tokens if timeline.steps else 0
         trainer.learns, trainer.bad = True, 0
-        trainer.ranks.tell(Start(checkpoint, trainer.args.learning_rate))
+        trainer.ranks.tell((checkpoint, trainer.args.learning_rate))
         with contextlib.suppress(FloatingPointError):
             return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         checkpoint = _go_back(trainer, saves)

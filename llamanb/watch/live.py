@@ -75,16 +75,13 @@ class LiveView(TrainerCallback):
         parts = [f"step {state.global_step} of {state.max_steps}"]
         if timeline.steps:
             parts.append(f"loss {timeline.steps[-1].loss:.3f}")
-        if timeline.upsets:
-            parts.append(timeline.upsets)
+        parts += filter(None, [timeline.upsets, timeline.cards])
         if timeline.tokens_per_s:
             parts.append(f"{timeline.tokens_per_s:,.0f} tokens/s")
         if timeline.steps and timeline.steps[-1].stall_s:
             parts.append(f"{timeline.steps[-1].stall_s:.2g} s of the step waiting for weights")
         if timeline.samples:
             parts.append(f"{timeline.samples[-1].used_gib:.2f} GiB, at most {timeline.peak_gib:.2f}")
-        if timeline.cards:
-            parts.append(timeline.cards)
         parts.append(f"{_clock(elapsed)} gone")
         if done:
             parts.append(f"{_clock(left)} left")
