@@ -97,16 +97,14 @@ def _on_cards(recipe: Recipe, card: Card, model: Architecture, cards: int, data,
     """With a copy of the model on each card; where it does not fit, with the frozen weights shared among them; and
     where that does not either, each card's own streamed from host memory."""
     one = _share(recipe, cards)
-    kept = one.replace(weights="resident")
     if not card.is_gpu:
         made = _plan_on_cpu(one, card, model, data)
     else:
-        shared = {"streamed": model.layers, "shards": cards}
-        ways = [] if recipe.weights == "streamed" or not can_stream(recipe) else [{}, shared]
-        tried = (search(kept, card, model, data=data, force=True, **way) for way in ways)
-        made = next((one for one in tried if one.fits and (one.fused or one.shards == 1)), None) or search(
-            one, card, model, data=data, force=force
-        )
+        may = recipe.weights != "streamed" and can_stream(recipe)
+        ways = [{}, {"streamed": model.layers, "shards": cards}] if may else []
+        tried = (search(one.replace(weights="resident"), card, model, data=data, force=True, **way) for way in ways)
+        fitting = (made for made in tried if made.fits and (made.fused or made.shards == 1))
+        made = next(fitting, None) or search(one, card, model, data=data, force=force)
     return made.replace(recipe=recipe, cards=cards, steps=steps_of(recipe, data))
 
 
