@@ -46,6 +46,7 @@ def recipe_of(case: dict, model: str) -> Recipe:
         checkpointing=case["checkpointing"],
         steps=STEPS,
         eval_rows=0,
+        weights="resident",
     )
 
 

@@ -116,6 +116,7 @@ def recipe_of(row: dict, checkpoint: str | None = None) -> Recipe:
         effective_batch_size=row["rows"] * row["accumulation"],
         steps=STEPS,
         eval_rows=0,
+        weights="resident",
         precision="fp16" if row["kernel"] == "memory-efficient" else "bf16",
     )
 

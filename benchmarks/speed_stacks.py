@@ -133,6 +133,7 @@ class Llamanb:
             warmup=0.0,
             precision="fp16" if card.is_gpu else "fp32",
             eval_rows=0,
+            weights="resident",
         )
         recipe = recipe.replace(**{name: _number(value) for name, value in options.items()})
         plan = make_plan(recipe, card, force=any(forced))

@@ -11,7 +11,8 @@ from llamanb.card import Card
 from llamanb.cards import KNOWN
 from llamanb.html import Table
 from llamanb.layout import GIB, Plan
-from llamanb.planner import DoesNotFitError, search, smallest_fits
+from llamanb.machine import host_memory
+from llamanb.planner import HOST_GIB, DoesNotFitError, search, smallest_fits
 from llamanb.recipe import Recipe
 from llamanb.search import GAPS_GUESS
 
@@ -37,7 +38,7 @@ def does_not_fit(plan: Plan, model: Architecture, *, rehearsed: bool = False) ->
     what += f"{plan.limit_gib:.2f} to plan with"
     why = f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, the largest part of it "
     why += f"{bucket}: {memory.buckets[bucket] / GIB:.2f} GiB"
-    if len(plan.streamed) < len(plan.layers) and recipe.weights == "streamed" and card.host_gib is not None:
+    if _streams(recipe) and len(plan.streamed) < len(plan.layers) and card.host_gib is not None:
         why += f"; {card.host_gib:.1f} GiB of host memory have room for the weights of {len(plan.streamed)} of "
         why += f"{len(plan.layers)} layers"
     taken = card.vram_gib - card.free_gib - (card.context_gib or CONTEXT_GIB)
@@ -58,6 +59,8 @@ def changes_that_fit(recipe: Recipe, card: Card, model: Architecture) -> Table:
     for change, costs, attempt in _changes(recipe, card, model):
         made = attempt()
         if made is not None:
+            if made.streamed:
+                costs += f"; {made.streamed_gib:.1f} GiB of weights wait in host memory"
             rows.append([change(made) if callable(change) else change, f"{made.needs_gib:.2f} GiB", costs])
     return Table(["change", "then it needs", "what it costs"], rows, "what would fit")
 
@@ -79,6 +82,10 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
         yield "double_quant = True", "hardly anything", tried(double_quant=True)
     if recipe.optimizer not in ("auto", "paged_adamw_8bit"):
         yield "optimizer = 'paged_adamw_8bit'", "hardly anything", tried(optimizer="paged_adamw_8bit")
+    if recipe.weights != "streamed" and _streams(recipe.replace(weights="auto")):
+        yield "weights = 'streamed'", "time, where copies do not hide", tried(weights="streamed")
+    if recipe.weights != "resident" and not _streams(recipe) and _streams(recipe.replace(dropout=0.0, dora=False)):
+        yield "dropout = 0, dora = False", "what these do", tried(dropout=0.0, dora=False)
     if recipe.checkpointing != "offloaded":
         yield "checkpointing = 'offloaded'", "time: copies to host memory", tried(checkpointing="offloaded")
     if recipe.max_length > SHORTEST:
@@ -95,7 +102,16 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
     if model.parameters > architecture(SMALLER[-1]).parameters:
         change = (lambda plan: f"model = {plan.recipe.model!r}"), "a smaller model"
         yield *change, lambda: _smaller_model(recipe, card, model)
+    if _streams(recipe) and card.host_gib is not None:
+        change = lambda plan: f"{plan.streamed_gib + HOST_GIB:.0f} GiB of free host memory"  # noqa: E731
+        yield change, "money", lambda: fitting(recipe, replace(card, host_gib=None), model)
     yield (lambda plan: f"a larger card: {plan.card.name}"), "money", lambda: _smallest_card(recipe, card, model)
+
+
+def _streams(recipe: Recipe) -> bool:
+    """Whether the recipe's weights may wait in host memory."""
+    plain = recipe.quantization in ("nf4", "fp4") and not (recipe.dropout or recipe.dora)
+    return plain and recipe.weights != "resident"
 
 
 def fitting(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
@@ -144,22 +160,31 @@ def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | No
 
 
 def trainable(card: Card | str | None = None) -> Table:
-    """What a card can train: for each model and method the longest row, in tokens, with every layer recomputed."""
-    card = Card.known(card) if isinstance(card, str) else card or Card.here()
+    """What a card can train: for each model and method the longest row, in tokens, with every layer recomputed; and
+    where the weights have to wait in host memory for that, how much of it they take."""
+    if card is None:
+        card = replace(Card.here(), host_gib=min(host_memory()[1:]))
+    card = Card.known(card) if isinstance(card, str) else card
     headers = ["model", "parameters", *TABLE_METHODS]
     if not card.is_gpu:
         return Table(headers, [], 'a CPU: its memory is not planned for; trainable("T4") asks for a card')
     rows = []
     for name in TABLE_MODELS:
         model = architecture(name)
-        cells = [f"{longest:,}" if (longest := _reach(model, method, card)) else "no" for method in TABLE_METHODS]
+        cells = [_reached(model, method, card) for method in TABLE_METHODS]
         rows.append([name.split("/")[1], f"{model.parameters / 1e9:.2f} B", *cells])
     caption = f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB, less a margin): one row at a time, "
     caption += "every layer recomputed, rank 16 on all linear layers"
+    if any("streamed" in cell for row in rows for cell in row):
+        caption += "; streamed: weights wait in host memory"
     return Table(headers, rows, caption)
 
 
-def _reach(model: Architecture, method: str, card: Card) -> int:
+def _reached(model: Architecture, method: str, card: Card) -> str:
     """Longest row that fits with every layer recomputed and one row at a time; gaps are guessed, not replayed."""
     recipe = Recipe(model=model.name, method=method, effective_batch_size=1, checkpointing="all")
-    return STEP * _most(model.max_positions // STEP, recipe, card, model)
+    for weights in ("resident", "auto"):
+        longest = STEP * _most(model.max_positions // STEP, recipe.replace(weights=weights), card, model)
+        if longest:
+            return f"{longest:,}" + (" streamed" if weights == "auto" else "")
+    return "no"

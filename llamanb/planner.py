@@ -15,7 +15,8 @@ from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
 from llamanb.machine import host_memory
 from llamanb.memory import outline
 from llamanb.recipe import Recipe
-from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest
+from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest, streamable
+from llamanb.speed import tokens_that_hide
 from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload, spread, streamed_bytes
 
 MEASURED_WITH = {
@@ -33,6 +34,8 @@ MARGIN_DORA = 0.10
 less than three layers of 1B took."""
 HOST_GIB = 2.0
 """Host memory that a training takes beside streamed weights."""
+STALLS = 0.005
+"""Share of a step from which waiting for copies is told."""
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU."""
 
@@ -128,8 +131,7 @@ def search(
     ).replace(streamed=streamed)
     limit = _limit(recipe, card)
     timed = replace(card, tflops=None) if recipe.dora else card  # fp32 in the plan's memory, not in its arithmetic
-    host = math.inf if card.host_gib is None else (card.host_gib - HOST_GIB) * GIB
-    best, others = fastest(recipe, timed, base, limit, host)
+    best, others = fastest(recipe, timed, base, limit, _host(card))
     rows = best.work.rows
     made = Plan(
         recipe=recipe,
@@ -147,7 +149,7 @@ def search(
             "fused": why_not_fused or "the same numbers in fewer kernels, from half of the activations",
             "micro_batch_size": "as asked" if recipe.micro_batch_size else "the fastest divisor of the effective batch",
             "layers": _why_layers(recipe, best, limit),
-            "weights": _why_streamed(best),
+            "weights": _why_streamed(best, recipe, timed, streamable(recipe, base, _host(card))),
             "attention": why_attention,
             "optimizer": why_optimizer,
         },
@@ -177,7 +179,13 @@ def smallest_fits(recipe: Recipe, card: Card, model: Architecture, gaps: float =
     base = workload(
         recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length, fused=fused
     )
-    return outline(smallest(recipe, base)).allocated * (1 + gaps) <= _limit(recipe, card)
+    least = smallest(recipe, base, streamable(recipe, base, _host(card)))
+    return outline(least).allocated * (1 + gaps) <= _limit(recipe, card)
+
+
+def _host(card: Card) -> float:
+    """Bytes of host memory for streamed weights."""
+    return math.inf if card.host_gib is None else (card.host_gib - HOST_GIB) * GIB
 
 
 def _limit(recipe: Recipe, card: Card) -> float:
@@ -251,14 +259,24 @@ def _why_layers(recipe: Recipe, best: Candidate, limit: float) -> str:
     return f"recomputing costs time: as few layers as fit {limit / GIB:.2f} GiB"
 
 
-def _why_streamed(best: Candidate) -> str:
-    """What the copies of streamed layers cost."""
-    if not best.time:
-        return "what does not fit the card is brought to it layer by layer"
-    share = best.time.stall_s / best.time.step_s
-    if share < 0.005:
-        return "copies hide behind the layers that are computed"
-    return f"copies take longer than what they hide behind: {share:.0%} of a step; more tokens at once hide more"
+def _why_streamed(best: Candidate, recipe: Recipe, card: Card, room: int) -> str:
+    """Why weights wait in host memory, what their copies cost, and what decides how fast a step is."""
+    work, time = best.work, best.time
+    if not work.streamed:
+        return ""
+    why = "nothing fits with all of them on the card; " if recipe.weights == "auto" else ""
+    if card.host_gib is None:
+        why += "how much host memory there is was not said (host_gib=); "
+    if not time:
+        return why + "they are brought to the card layer by layer"
+    free = tokens_that_hide(work, card)
+    hidden = f"copies hide behind about {free:,} tokens at once and more" if free else "copies hide behind any layer"
+    binds = "arithmetic" if time.gpu_s >= time.launch_s else "launches"
+    if time.stall_s > STALLS * time.step_s:
+        binds = f"copies, {time.stall_s / time.step_s:.0%} of a step"
+    elif work.streamed == room < len(work.layers):
+        binds += " and host memory"
+    return f"{why}{hidden}, here {work.tokens:,}; bound by {binds}"
 
 
 def _why_not_fused(recipe: Recipe, kernel: str) -> str:

@@ -34,7 +34,7 @@ _CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "checkpointing": ("auto", "all", "none", "offloaded"),
     "precision": ("auto", "fp16", "bf16", "fp32"),
-    "weights": ("resident", "streamed"),
+    "weights": ("auto", "resident", "streamed"),
 }
 _RANGES = {  # field: (kind, lowest, highest), both ends included
     "rank": (int, 1, 1024),
@@ -148,9 +148,10 @@ class Recipe:
     """Activation checkpointing, which recomputes layers in the backward pass to save their memory: `all` layers,
     `none`, `offloaded`: all, with what they start from in host memory, or `auto`: as few as fit; none on a CPU."""
 
-    weights: str = "resident"
-    """Where frozen weights lie: `resident` on the card, or `streamed`: those of as many layers as do not fit wait in
-    host memory, and each is brought to the card shortly before it is computed (GPU, adapters, 4 or 16 bits)."""
+    weights: str = "auto"
+    """Where frozen weights lie: `resident` on the card; `streamed`: those of as many layers as do not fit wait in host
+    memory, and each is brought to the card shortly before it is computed (GPU, adapters over 4 bits); or `auto`:
+    resident where anything fits so, and else streamed where that can be done."""
 
     precision: str = "auto"
     """Arithmetic: `auto` is bf16 where the GPU has it in hardware, fp16 on older ones such as a T4, fp32 on a CPU."""
@@ -201,7 +202,7 @@ class Recipe:
             raise RecipeError(
                 "weights = 'streamed' is for adapters over 4-bit weights, without dropout and DoRA",
                 "those are computed by fused layers, which know when each weight is read",
-                "method = 'qlora-nf4', dropout = 0, dora = False; or weights = 'resident'",
+                "method = 'qlora-nf4', dropout = 0, dora = False; or weights = 'auto'",
             )
         if self.method == "full" and (self.dora or self.rslora):
             raise RecipeError(

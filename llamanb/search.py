@@ -49,16 +49,32 @@ def fastest(
     recipe: Recipe, card: Card, base: Workload, limit: float, host: float = math.inf
 ) -> tuple[Candidate, list[Candidate]]:
     """The layout to take, and the best of each other micro-batch. The first may exceed the limit: then none fits.
+    Where the recipe leaves it open, nothing is streamed as long as something fits without.
 
     Args:
         limit: bytes of the card to plan with.
         host: bytes of host memory that streamed weights may take.
     """
-    room = len(base.layers) if host == math.inf else int(max(0.0, host) / streamed_bytes(base))
-    room = min(room, len(base.layers))
+    room = streamable(recipe, base, host)
+    if room and recipe.weights == "auto" and outline(smallest(recipe, base)).allocated <= limit:
+        best, others = _fastest(recipe, card, base, limit, 0)
+        if best.memory.reserved <= limit:
+            return best, others
+    return _fastest(recipe, card, base, limit, room)
+
+
+def streamable(recipe: Recipe, base: Workload, host: float) -> int:
+    """How many layers' weights may wait in so many bytes of host memory."""
+    if recipe.weights == "resident" or not base.fused or recipe.quantization not in ("nf4", "fp4"):
+        return 0
+    return int(min(len(base.layers), max(0.0, host) / streamed_bytes(base)))
+
+
+def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float, room: int) -> tuple[Candidate, list[Candidate]]:
+    """`fastest` with at most `room` layers streamed."""
     found = [
         _with_fewest_streamed(recipe, card, work, limit, room)
-        if recipe.weights == "streamed" and work.fused
+        if room
         else _with_fewest_recomputed(recipe, card, work, limit)
         for work in (_with_rows(recipe, base, rows) for rows in _micro_batches(recipe, base))
     ]
@@ -94,13 +110,11 @@ def _with_rows(recipe: Recipe, base: Workload, rows: int) -> Workload:
     return base.replace(rows=rows, accumulation=recipe.effective_batch_size // rows)
 
 
-def smallest(recipe: Recipe, base: Workload, room: int | None = None) -> Workload:
-    """The layout that takes least; `room`: as many layers as host memory can hold the weights of."""
-    kind, depth = AS_ASKED.get(recipe.checkpointing, OFFLOADED), len(base.layers)
-    room = depth if room is None else room
-    streamed = room if recipe.weights == "streamed" and base.fused else base.streamed
+def smallest(recipe: Recipe, base: Workload, room: int = 0) -> Workload:
+    """The layout that takes least, with at most `room` layers streamed."""
+    kind = AS_ASKED.get(recipe.checkpointing, OFFLOADED)
     work = _with_rows(recipe, base, recipe.micro_batch_size or 1)
-    return work.replace(layers=(kind,) * depth, streamed=streamed)
+    return work.replace(layers=(kind,) * len(base.layers), streamed=room or base.streamed)
 
 
 def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: float) -> Candidate:

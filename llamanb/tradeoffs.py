@@ -299,7 +299,7 @@ def train_variant(variant: Variant, runs: str, name: str) -> None:
     """Trains a variant in this process, its attention kernels switched for good; its weights are not kept."""
     recipe = variant.recipe
     data = load_data(recipe.replace(long_rows="truncate")) if variant.rows else _pieces(recipe)
-    made = plan(recipe, None, data, force=True)
+    made = plan(recipe.replace(weights="resident"), None, data, force=True)
     if made.fused and not variant.fused:
         made = made.replace(fused=False, memory=None, time=None)
     if variant.half:

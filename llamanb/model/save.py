@@ -19,6 +19,8 @@ from llamanb.quiet import quiet_libraries
 from llamanb.recipe import Recipe
 
 ADAPTER, FULL = "adapter", "model"
+ANSWERED_LENGTH = 512
+"""Tokens of a row that an answering model is planned for."""
 
 
 def save_model(model: PreTrainedModel, tokenizer, plan: Plan, folder: Path) -> Path:
@@ -69,9 +71,16 @@ def load_adapter(folder: str | Path) -> tuple[PreTrainedModel, object]:
         if not recipe.adapters:
             recipe = recipe.replace(model=str(saved.resolve()))
             return load_model(make_plan(recipe, force=True), tokenizer).eval(), tokenizer
-        base = load_model(make_plan(recipe, force=True), tokenizer)
+        base = load_model(make_plan(_to_answer(recipe), force=True), tokenizer)
         # Without a word of adapter_config.json, which may name modules to import
         return PeftModel.from_pretrained(base, saved, config=lora_config(recipe)).eval(), tokenizer
+
+
+def _to_answer(recipe: Recipe) -> Recipe:
+    """A recipe that takes as much memory as answers may: what is trained on longer rows with weights in host memory
+    answers faster where they fit the card."""
+    least = {"effective_batch_size": 1, "micro_batch_size": None, "checkpointing": "auto"}
+    return recipe.replace(max_length=min(recipe.max_length, ANSWERED_LENGTH), **least)
 
 
 def training_card(recipe: Recipe, plan: Plan, scores: str) -> str:

@@ -42,9 +42,7 @@ def smaller(plan: Plan) -> Plan | None:
         return _with(plan, 1, least) if plan.layers != least else None
     takes = predict(workload_of(plan, shape)).reserved / GIB
     free = recipe.replace(max_length=plan.length, micro_batch_size=None, checkpointing="auto")
-    free = free.replace(effective_batch_size=plan.share)
-    if plan.streamed:  # what is loaded stays where it is
-        free = free.replace(weights="resident")
+    free = free.replace(effective_batch_size=plan.share, weights="resident")  # what is loaded stays where it is
     card = replace(plan.card, free_gib=min(SMALLER * takes, plan.card.free_gib))  # a forced plan may take more than all
     found = search(free, card, shape, force=True, streamed=len(plan.streamed))
     if found.needs_gib >= takes:

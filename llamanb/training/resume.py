@@ -24,7 +24,7 @@ LONGER = {"steps", "epochs"}
 CADENCE = {"stop_after_min", "checkpoint_every_min", "checkpoint_every_steps"}
 RAN_OUT = "ran out of memory"
 """Begins the reason of a plan's layers where it took the place of another in the middle of a run."""
-FREE = LONGER | CADENCE | {"micro_batch_size", "checkpointing", "weights"}
+FREE = LONGER | CADENCE | {"micro_batch_size", "checkpointing"}
 """Fields that decide neither what is trained nor on what: a run may go on with others."""
 
 
@@ -133,9 +133,10 @@ def _status(folder: Path) -> str | None:
 
 
 def _changed(was: Plan, now: Plan) -> dict[str, tuple]:
-    """Recipe fields that differ, with both values; what a plan chooses by the card counts as it was chosen."""
+    """Recipe fields that differ, with both values; what a plan chooses by the card counts as it was chosen, and where
+    weights lie, which changes no bit, not at all."""
     old, new = ({**dataclasses.asdict(p.recipe), "precision": p.dtype, "optimizer": p.optimizer} for p in (was, now))
-    return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+    return {name: (old[name], new[name]) for name in new if old[name] != new[name] and name != "weights"}
 
 
 def _another_recipe(folder: Path, changed: dict[str, tuple]) -> RecipeError:

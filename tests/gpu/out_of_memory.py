@@ -47,7 +47,7 @@ def provoke(cause: str, checkpoints: Path, rows: Path, runs: str) -> OutOfMemory
     from llamanb.training import step
 
     recipe = Recipe(model=str(checkpoints / "1b"), dataset=str(rows / "2048.jsonl"), max_length=2048, steps=3)
-    recipe = recipe.replace(eval_rows=0, effective_batch_size=8, warmup=0.0)
+    recipe = recipe.replace(eval_rows=0, effective_batch_size=8, warmup=0.0, weights="resident")
     short = {"dataset": str(rows / "64.jsonl"), "max_length": 64, "effective_batch_size": 1, "learning_rate": 1e-5}
     keep = []
     if cause == "rows":

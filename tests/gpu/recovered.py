@@ -90,7 +90,9 @@ def trained(made, data, runs: Path, name: str, kind: str = "", gib: float = 0.0)
 def case(kind: str, gib: float, checkpoint: Path, folder: Path) -> dict:
     begin = time.monotonic()
     recipe = Recipe(model=str(checkpoint), dataset=str(rows_file(folder, kind)), max_length=2048, steps=STEPS)
-    recipe = recipe.replace(effective_batch_size=ROWS, learning_rate=1e-5, warmup=0.0, eval_rows=16 * (kind == SCORING))
+    recipe = recipe.replace(
+        weights="resident", effective_batch_size=ROWS, learning_rate=1e-5, warmup=0.0, eval_rows=16 * (kind == SCORING)
+    )
     asked = {"micro_batch_size": ROWS, "checkpointing": "none"} if kind in (ROWS_AT_ONCE, LATE) else {}
     card, data = limited(gib), load_data(recipe)
     name = f"{kind}-{gib}".replace(" ", "-")

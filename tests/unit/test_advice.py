@@ -11,6 +11,7 @@ from llamanb.memory import _replayed
 from llamanb.planner import search, smallest_fits
 
 EIGHT, ONE = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
+SEVENTY = "meta-llama/Llama-3.3-70B-Instruct"
 CARDS = ("T4", "RTX 3060", "RTX 4090", "H200")
 
 
@@ -19,11 +20,15 @@ def measured_versions(monkeypatch):
     monkeypatch.setattr(planner, "_other_versions", lambda: ())
 
 
+def resident(model: str, **fields) -> Recipe:
+    return Recipe(model=model, weights="resident", **fields)
+
+
 def reach(card: str) -> dict[str, dict[str, int]]:
-    """Longest row by method and model, the smallest model first; 0 for none."""
+    """Longest row with all weights on the card, by method and model, the smallest model first; 0 for none."""
     table = trainable(card)
     return {
-        method: {row[0]: 0 if row[i] == "no" else int(row[i].replace(",", "")) for row in table.rows}
+        method: {row[0]: int(row[i].replace(",", "")) if row[i].replace(",", "").isdigit() else 0 for row in table.rows}
         for i, method in enumerate(table.headers[2:], 2)
     }
 
@@ -36,6 +41,19 @@ def test_what_a_t4_can_train():
     assert found["full"]["Llama-3.2-1B-Instruct"] == 0
     assert not any(lengths["Llama-3.3-70B-Instruct"] for lengths in found.values())
     assert "14.40 GiB" in trainable("T4").caption
+
+
+def test_what_a_card_can_train_with_weights_in_host_memory():
+    (row,) = (row for row in trainable("T4").rows if "70B" in row[0])
+    assert row[3:] == ["no"] * 3
+    assert row[2].endswith("0 streamed")
+    longest = int(row[2].split()[0].replace(",", ""))
+    recipe = Recipe(model=SEVENTY, max_length=longest, effective_batch_size=1)
+    assert planner.plan(recipe, "T4").streamed
+    assert "weights wait in host memory" in trainable("T4").caption
+    assert "streamed" not in str(trainable("H200"))
+    little = replace(Card.known("T4"), host_gib=12.0)
+    assert "streamed" not in str(trainable(little))
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -53,7 +71,7 @@ def test_a_larger_card_has_no_shorter_rows():
 def test_the_row_fits_and_a_longer_one_does_not(method, name):
     card, model = Card.known("T4"), architecture(name)
     longest = reach("T4")[method][name.split("/")[1]]
-    recipe = Recipe(model=name, method=method, effective_batch_size=1, checkpointing="all")
+    recipe = resident(name, method=method, effective_batch_size=1, checkpointing="all")
     assert smallest_fits(recipe.replace(max_length=longest), card, model)
     assert not smallest_fits(recipe.replace(max_length=longest + STEP), card, model)
     assert fitting(recipe.replace(max_length=longest, checkpointing="auto"), card, model)
@@ -83,7 +101,7 @@ def test_changes_are_listed_by_what_they_cost():
 
 
 def test_the_longest_row_that_fits_is_offered():
-    recipe, card, model = Recipe(model=EIGHT, max_length=60_000), Card.known("RTX 3060"), architecture(EIGHT)
+    recipe, card, model = resident(EIGHT, max_length=60_000), Card.known("RTX 3060"), architecture(EIGHT)
     [length] = [
         int(row[0].split(" = ")[1])
         for row in changes_that_fit(recipe, card, model).rows
@@ -95,7 +113,7 @@ def test_the_longest_row_that_fits_is_offered():
 
 
 def test_the_next_larger_card_is_offered():
-    recipe = Recipe(model="meta-llama/Llama-3.3-70B-Instruct")
+    recipe = resident(SEVENTY)
     model = architecture(recipe.model)
     change = changes_that_fit(recipe, Card.known("RTX 4090"), model).rows[-1][0]
     offered = Card.known(change.removeprefix("a larger card: "))
@@ -137,20 +155,49 @@ def refusal(recipe: Recipe, card: Card) -> planner.DoesNotFitError:
 def test_memory_that_is_taken_is_told_and_offered_where_it_would_be_enough():
     whole = Card.known("T4")
     taken = replace(whole, free_gib=whole.free_gib - 10)
-    found = refusal(Recipe(model=EIGHT, max_length=2048), taken)
+    found = refusal(resident(EIGHT, max_length=2048), taken)
     assert "10.00 of the card's 14.56 GiB were taken before" in found.why
     assert found.fix == found.changes.rows[0][0]
     assert found.fix.startswith("free the 10.00 GiB that other processes hold")
     assert found.changes.rows[0][1] == f"{planner.plan(Recipe(model=EIGHT, max_length=2048), whole).needs_gib:.2f} GiB"
-    never = refusal(Recipe(model="meta-llama/Llama-3.3-70B-Instruct"), taken)
+    never = refusal(resident(SEVENTY), taken)
     assert "were taken before" in never.why
     assert not any("free the" in row[0] for row in never.changes.rows)
 
 
 @pytest.mark.parametrize("card", [Card.known("T4"), Card("T4", (7, 5), 14.56, 14.56 - CONTEXT_GIB - 0.7)])
 def test_a_context_and_a_little_more_is_nobodys_fault(card):
-    found = refusal(Recipe(model="meta-llama/Llama-3.3-70B-Instruct"), card)
+    found = refusal(resident(SEVENTY), card)
     assert "taken" not in found.why
+
+
+def offered(recipe: Recipe, card: str, host_gib: float | None = None) -> dict[str, list]:
+    """The rest of each row by its change."""
+    return {row[0]: row[1:] for row in refusal(recipe, replace(Card.known(card), host_gib=host_gib)).changes.rows}
+
+
+def test_streaming_is_offered_with_its_numbers():
+    made = planner.plan(Recipe(model=SEVENTY), "RTX 4090")
+    costs = "time, where copies do not hide; 32.9 GiB of weights wait in host memory"
+    assert offered(resident(SEVENTY), "RTX 4090")["weights = 'streamed'"] == [f"{made.needs_gib:.2f} GiB", costs]
+
+
+@pytest.mark.parametrize("fields", [{"dropout": 0.1}, {"dora": True}])
+def test_what_keeps_weights_from_streaming_is_named(fields):
+    first, *_ = offered(Recipe(model=SEVENTY, **fields), "RTX 4090")
+    assert first == "dropout = 0, dora = False"
+
+
+def test_streaming_is_not_offered_to_what_cannot_stream():
+    assert not any("streamed" in change for change in offered(Recipe(model=SEVENTY, method="lora"), "RTX 4090"))
+    assert not any("streamed" in change for change in offered(resident(SEVENTY, dropout=0.1), "RTX 4090"))
+
+
+def test_host_memory_that_would_be_enough_is_offered():
+    found = offered(Recipe(model=SEVENTY, rank=8, max_length=2048), "T4", 12.7)
+    assert found["35 GiB of free host memory"][0].endswith(" GiB")
+    assert planner.plan(Recipe(model=SEVENTY, rank=8, max_length=2048), "T4", host_gib=35).fits
+    assert not any("host memory" in change for change in offered(resident(SEVENTY), "T4", 12.7))
 
 
 def test_a_refusal_replays_few_tapes():

@@ -281,7 +281,7 @@ def test_names_cannot_become_markup():
     assert "<img" not in message(form)
     with pytest.raises(ModelError):
         _ = form.plan
-    own = plan_form(LLAMA_8B, Card(HOSTILE, (8, 6), 6.0, attention_gqa=("flash",)))
+    own = plan_form(LLAMA_8B.replace(weights="resident"), Card(HOSTILE, (8, 6), 6.0, attention_gqa=("flash",)))
     assert "at the least" in message(own)
     assert escape_text(HOSTILE) in message(own)
     assert "<img" not in message(own)
@@ -363,14 +363,14 @@ def test_what_does_not_fit_shows_what_takes_the_room_and_what_would():
 
 
 def test_what_is_over_by_its_margin_only_is_over_in_the_bar_too():
-    asked = LLAMA_8B.replace(micro_batch_size=1, checkpointing="none")
+    asked = LLAMA_8B.replace(micro_batch_size=1, checkpointing="none", weights="resident")
     smaller = dataclasses.replace(KNOWN["T4"], free_gib=plan_form(asked, "T4").plan.needs_gib / 0.985)
     form = plan_form(asked, smaller)
     assert "GiB too much" in message(form)
 
 
 def test_where_no_single_change_helps_no_empty_table_stands():
-    form = plan_form(LLAMA_8B.replace(model="meta-llama/Llama-3.3-70B-Instruct", method="full"), "T4")
+    form = plan_form(LLAMA_8B.replace(model="meta-llama/Llama-3.1-405B", method="full"), "T4")
     assert "no single change is enough" in message(form)
     assert "<table" not in message(form)
 

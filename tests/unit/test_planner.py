@@ -195,7 +195,7 @@ def test_the_longest_row_that_is_there_counts():
 
 def test_changes_are_offered_for_the_rows_that_are_there():
     data = SimpleNamespace(train=[SimpleNamespace(input_ids=range(n)) for n in (5, 4000, 30)])
-    recipe = eight(max_length=8192, micro_batch_size=4, checkpointing="all")
+    recipe = eight(max_length=8192, micro_batch_size=4, checkpointing="all", weights="resident")
     with pytest.raises(DoesNotFitError) as caught:
         plan(recipe, "RTX 3060", data)
     changes = {change.split(" = ")[0]: (change, needs) for change, needs, _ in caught.value.changes.rows}
@@ -261,7 +261,7 @@ def refused():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planner, "_other_versions", lambda: ())
         with pytest.raises(DoesNotFitError) as caught:
-            plan(Recipe(model=SEVENTY), "RTX 4090")
+            plan(Recipe(model=SEVENTY, weights="resident"), "RTX 4090")
     return caught.value
 
 
@@ -273,17 +273,19 @@ def test_what_does_not_fit_is_said_with_its_numbers(refused):
     assert f"{limit(closest.card):.2f}" in refused.what
     assert "weights" in refused.why
     assert f"{closest.memory.buckets['weights'] / GIB:.2f} GiB" in refused.why
-    assert refused.fix == refused.changes.rows[0][0] == f"model = {MODELS['8B']!r}"
+    assert refused.fix == refused.changes.rows[0][0] == "weights = 'streamed'"
     assert "a larger card" in "\n".join(refused._render_traceback_())
 
 
 CASES = [
-    (Recipe(model=SEVENTY), "RTX 4090"),
-    (eight(checkpointing="none", max_length=2048, rank=64), "RTX 3060"),
+    (Recipe(model=SEVENTY, weights="resident"), "RTX 4090"),
+    (Recipe(model=SEVENTY, dropout=0.1), "RTX 4090"),
+    (eight(checkpointing="none", max_length=2048, rank=64, weights="resident"), "RTX 3060"),
     (eight(micro_batch_size=16, max_length=4096, checkpointing="all"), "T4"),
+    (eight(max_length=131072), "T4"),
     (eight(method="lora"), "T4"),
     (Recipe(model=MODELS["1B"], method="full"), "T4"),
-    (eight(precision="fp32", max_length=32768), "T4"),
+    (eight(precision="fp32", max_length=32768, weights="resident"), "T4"),
 ]
 
 
@@ -296,8 +298,8 @@ def test_every_change_that_is_listed_fits(recipe, card):
         if change.startswith("a larger card: "):
             made = plan(recipe, change.removeprefix("a larger card: "))
         else:
-            name, value = change.split(" = ")
-            made = plan(recipe.replace(**{name: ast.literal_eval(value)}), card)
+            fields = dict(one.split(" = ") for one in change.split(", "))
+            made = plan(recipe.replace(**{name: ast.literal_eval(value) for name, value in fields.items()}), card)
         assert needs == f"{made.needs_gib:.2f} GiB"
         assert costs
 

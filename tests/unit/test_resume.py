@@ -252,6 +252,13 @@ def test_fields_that_decide_nothing_may_change_when_that_is_asked_for(recipe, tm
     assert capfd.readouterr().err == ""
 
 
+def test_where_weights_lie_is_not_asked_about(recipe, tmp_path, ended):
+    """A run of before says `resident`, and no bit depends on it."""
+    ended(recipe(weights="resident"), tmp_path, 3)
+    run = train(plan(recipe(checkpoint_every_steps=1), CPU), runs=tmp_path)
+    assert (run.folder.name, run.plan.recipe.weights) == ("run", "auto")
+
+
 def test_every_other_field_decides(recipe, tmp_path, ended):
     """A new field of a recipe is thought of as one that decides until it is named in FREE."""
     fields = {name: getattr(recipe(), name) for name in recipe().__dataclass_fields__}

@@ -19,7 +19,7 @@ RECOMPUTED = {STORED: 0, HALVED: 1, CHECKPOINTED: 2}
 
 
 def asked(model=ONE, **fields) -> Recipe:
-    return Recipe(model=model, **{"max_length": 1024, **fields})
+    return Recipe(model=model, **{"max_length": 1024, "weights": "resident", **fields})
 
 
 def base_of(recipe, card="T4", fused=True, **changes):
