@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 from llamanb import REPOSITORY, __version__
@@ -29,6 +31,8 @@ def report(run: Run) -> str:
     parts = [paragraph(str(run)), heading("Plan"), join(run.plan.table(), run.plan.bar())]
     if run.peaks_plot:
         parts += [heading("Planned and measured"), join(peaks_table(run), buckets_table(run)), _picture(run.peaks_plot)]
+    if run.plan.time and len(run.timeline.steps) > 1:
+        parts.append(join(times_table(run)))
     parts += [heading("Memory over time"), _picture(run.memory_plot), heading("Loss"), _picture(run.loss_plot)]
     if run.scores:
         parts += [heading("Before and after"), join(*run.scores.tables())]
@@ -58,6 +62,17 @@ def buckets_table(run: Run) -> Table:
     others = [name for name in BUCKETS if name not in seen]
     rows.append([", ".join(others), f"{sum(planned[name] for name in others):.3f}", f"{rest:.3f}"])
     return Table(["at the highest peak", "planned, GiB", "measured, GiB"], rows)
+
+
+def times_table(run: Run) -> Table:
+    """Seconds of a step, and of waiting for streamed weights in it: the middle one of all steps but the first."""
+    steps, planned = run.timeline.steps, run.plan.time
+    apart = statistics.median(now.time_s - then.time_s for then, now in itertools.pairwise(steps))
+    rows = [["a step", planned.step_s, apart]]
+    if run.plan.streamed:
+        rows.append(["of it, waiting for weights", planned.stall_s, statistics.median(s.stall_s for s in steps[1:])])
+    cells = [[name, f"{expected:.3f}", f"{seen:.3f}"] for name, expected, seen in rows]
+    return Table(["time", "planned, s", "measured, s"], cells)
 
 
 def again(run: Run) -> str:

@@ -46,6 +46,8 @@ class Step(NamedTuple):
     """Trained on so far, padding left out."""
     scale: float = 1.0
     """What fp16's GradScaler multiplied the loss by; 1 without one."""
+    stall_s: float = 0.0
+    """Of the step, waited for the weights of streamed layers."""
 
     @property
     def skipped(self) -> bool:
@@ -176,10 +178,12 @@ class Timeline:
     def read(cls, folder: Path) -> Timeline:
         """The timeline of a run's folder; a last line that was cut off is left out. Raises OSError and ValueError."""
         made = cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
-        for time_s, phase, *numbers in _rows(folder / MEMORY, len(Sample._fields)):
+        for time_s, phase, *numbers in _rows(folder / MEMORY, {len(Sample._fields)}):
             made.add(Sample(float(time_s), phase, *(float(n) if n else None for n in numbers)))
-        for step, *numbers, tokens, scale in _rows(folder / METRICS, len(Step._fields)):
-            made.steps.append(Step(int(step), *map(float, numbers), int(tokens), float(scale)))
+        columns = len(Step._fields)  # runs of before have no stalls
+        for step, time_s, loss, rate, norm, tokens, *more in _rows(folder / METRICS, {columns - 1, columns}):
+            seen = map(float, (time_s, loss, rate, norm))
+            made.steps.append(Step(int(step), *seen, int(tokens), *map(float, more)))
         made.phase, made.returns = "over", [[int(began), int(end)] for began, end in made.returns]
         return made
 
@@ -191,9 +195,9 @@ def replace_text(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def _rows(path: Path, columns: int) -> Iterator[list[str]]:
+def _rows(path: Path, columns: set[int]) -> Iterator[list[str]]:
     written = path.read_bytes()
     whole = written[: written.rfind(b"\n") + 1].decode("utf-8")  # half a number is a number too
     rows = csv.reader(io.StringIO(whole, newline=""))
     next(rows, None)
-    yield from (row for row in rows if len(row) == columns)
+    yield from (row for row in rows if len(row) in columns)

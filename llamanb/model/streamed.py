@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from llamanb.tape.workload import ALIGNED
+
+MOST_WAITS = 50_000
+"""That are kept until somebody asks: each word of an answer is one for every layer."""
 
 
 class HostLayer:
@@ -83,7 +87,7 @@ class StreamedLayers:
         on_gpu = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if on_gpu else None
         self._arrived = [torch.cuda.Event() for _ in range(buffers)] if on_gpu else []
-        self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=MOST_WAITS)
         """Around each wait of the GPU's work for a copy."""
         self.copied = 0
         """Bytes brought to the card so far."""

@@ -49,6 +49,8 @@ class CheckpointedTrainer(StepTrainer):
         scale = scaler.get_scale() if scaler else 1.0
         self._metrics["train"]["scale"] = [scale]
         loss_is, norm_is = torch.stack([self._tr_loss, norm.float()]).isfinite().tolist()
+        if self.streamed:
+            self._metrics["train"]["stall_s"] = [self.streamed.stalled_s()]
         self.learns = loss_is and norm_is
         if not self.learns:
             model.zero_grad()

@@ -53,7 +53,7 @@ class StepTrainer(SFTTrainer):
         self.plan, self.ranks = plan, ranks
         self.tokens = 0
         """Trained on so far, padding left out."""
-        self.fused = None
+        self.fused = self.streamed = None
         self.passes = _alone
         """Around a step's micro-batches, where several ranks go through the layers together."""
         self.slow = ""
@@ -70,9 +70,9 @@ class StepTrainer(SFTTrainer):
                 lay_out(self.model, plan.layers)
                 self.slow = f"not fused: {why_not}"
             else:
-                streamed = getattr(self.model.get_base_model(), "streamed", None) if plan.streamed else None
-                self.fused = FusedDecoder(self.model, plan.layers, plan.kernel, streamed)
-                self.passes = streamed.passes if streamed else _alone
+                self.streamed = getattr(self.model.get_base_model(), "streamed", None) if plan.streamed else None
+                self.fused = FusedDecoder(self.model, plan.layers, plan.kernel, self.streamed)
+                self.passes = self.streamed.passes if self.streamed else _alone
                 if plan.card.is_gpu and Fast.why_not:
                     self.slow = f"fused, but without kernels: {Fast.why_not}"
 
@@ -92,6 +92,8 @@ class StepTrainer(SFTTrainer):
             self._recovering(lambda: self._summed(model, probe, num_items_in_batch))
             model.zero_grad()
             _set_random_state(before)
+        if self.streamed:
+            self.streamed.waits.clear()
         if self.plan.recipe.dropout:
             self.ranks.begin_step(self.args.seed, self.state.global_step)
         share = _rows(inputs, self.ranks.share(inputs["lengths"]))

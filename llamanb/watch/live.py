@@ -48,7 +48,7 @@ class LiveView(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         seen = (float(logs.get(name) or 0) for name in ("loss", "learning_rate", "grad_norm"))
-        counted = int(logs.get("num_tokens") or 0), float(logs.get("scale", 1))
+        counted = int(logs.get("num_tokens") or 0), float(logs.get("scale", 1)), float(logs.get("stall_s", 0))
         step = Step(state.global_step, self.timeline.time_s, *seen, *counted)
         self.timeline.steps.append(step)
         status, now = functools.cache(lambda: self._status(state)), time.monotonic()
@@ -79,6 +79,8 @@ class LiveView(TrainerCallback):
             parts.append(timeline.upsets)
         if timeline.tokens_per_s:
             parts.append(f"{timeline.tokens_per_s:,.0f} tokens/s")
+        if timeline.steps and timeline.steps[-1].stall_s:
+            parts.append(f"{timeline.steps[-1].stall_s:.2g} s of the step waiting for weights")
         if timeline.samples:
             parts.append(f"{timeline.samples[-1].used_gib:.2f} GiB, at most {timeline.peak_gib:.2f}")
         if timeline.cards:

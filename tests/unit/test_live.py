@@ -120,6 +120,18 @@ def test_logs_without_a_loss_are_not_steps(clock, display, drawing, tmp_path, ca
     assert capsys.readouterr().out == ""
 
 
+def test_waiting_for_weights_is_shown_where_there_was_some(clock, capsys):
+    view, state = LiveView(Timeline("fake")), SimpleNamespace(max_steps=3, global_step=1)
+    view.on_train_begin(None, state, None)
+    for stall_s in (0.25, 0.0):
+        view.on_log(None, state, None, logs={"loss": 1.0, "stall_s": stall_s})
+        state.global_step += 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert "0.25 s of the step waiting for weights" in first
+    assert "waiting" not in second
+    assert [step.stall_s for step in view.timeline.steps] == [0.25, 0.0]
+
+
 def test_logs_that_lack_the_rest_are_steps(clock, tmp_path):
     view, state = LiveView(Timeline("fake")), SimpleNamespace(max_steps=3, global_step=1)
     view.on_train_begin(None, state, None)

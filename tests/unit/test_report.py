@@ -1,5 +1,6 @@
 """The page of a run: whole, in need of nothing beside it, and proof against what models and rows may say."""
 
+import dataclasses
 import json
 import shlex
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ import pytest
 
 from llamanb import Card, Recipe, plan, train
 from llamanb.layout import GIB
-from llamanb.report import again, buckets_table, peaks_table, report, write_report
+from llamanb.report import again, buckets_table, peaks_table, report, times_table, write_report
 from llamanb.run import RUNNING, Run, show_run
 from llamanb.tape import BUCKETS
 from llamanb.timeline import Timeline
@@ -111,6 +112,15 @@ def test_parts_are_compared_one_by_one(run):
         assert foreseen == f"{planned[part] / GIB:.2f}"
         assert measured == f"{PEAKS_GIB[part]:.2f}"
         assert difference == f"{PEAKS_GIB[part] / (planned[part] / GIB) - 1:+.1%}"
+
+
+def test_a_step_and_what_it_waits_for_are_compared(run):
+    assert times_table(run).rows == [["a step", f"{run.plan.step_s:.3f}", "0.400"]]
+    time = dataclasses.replace(run.plan.time, stall_s=0.5)
+    run.timeline.steps[:] = [step._replace(stall_s=0.1 * step.step) for step in run.timeline.steps]
+    streamed = run.replace(plan=run.plan.replace(streamed=(0, 1), time=time))
+    assert times_table(streamed).rows[1] == ["of it, waiting for weights", "0.500", "0.350"]
+    assert "of it, waiting for weights" in report(streamed)
 
 
 def test_only_parts_that_were_seen_are_compared(run):

@@ -13,6 +13,7 @@ from llamanb.data.encode import load_tokenizer
 from llamanb.errors import ModelError, RecipeError
 from llamanb.model import attach_adapters, load_model
 from llamanb.model.quantized import MANIFEST
+from llamanb.model.streamed import StreamedLayers
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
 from llamanb.tiny import CHECKPOINT, DEFAULTS
 
@@ -59,6 +60,14 @@ def test_losses_scores_and_adapter_are_those_of_resident_weights(resident, tmp_p
     assert_same(run, resident)
     assert run.plan.streamed == streamed
     assert show_run(run.folder).plan == run.plan
+
+
+def test_each_step_says_how_long_it_waited_for_weights(tmp_path, monkeypatch):
+    waited = iter((0.5, 0.25, 0.125, 0.0625))
+    monkeypatch.setattr(StreamedLayers, "stalled_s", lambda self: next(waited))
+    run = trained(tmp_path, recipe(), (1, 3))
+    assert [step.stall_s for step in run.timeline.steps] == [0.5, 0.25, 0.125, 0.0625]
+    assert show_run(run.folder).timeline.steps == run.timeline.steps
 
 
 def test_the_adapter_loads_and_merges_as_any_other(tmp_path, resident):

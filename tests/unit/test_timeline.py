@@ -80,9 +80,18 @@ def test_files_are_for_other_programs_too(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["phase"] for row in rows] == ["forward", "load"]
     assert (rows[0]["reserved_gib"], rows[1]["reserved_gib"]) == ("0.75", "")
-    assert (tmp_path / METRICS).read_text().splitlines()[0] == "step,time_s,loss,learning_rate,grad_norm,tokens,scale"
+    assert (tmp_path / METRICS).read_text().splitlines()[
+        0
+    ] == "step,time_s,loss,learning_rate,grad_norm,tokens,scale,stall_s"
     assert json.loads((tmp_path / FACTS).read_text())["source"] == "VRAM in use (test)"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MEMORY, METRICS, FACTS])
+
+
+def test_a_run_from_before_stalls_were_written_is_read(tmp_path):
+    Timeline("fake", steps=[Step(1, 0.5, 2.0, 2e-4, 0.5, 100, 4.0)]).write(tmp_path)
+    header = "step,time_s,loss,learning_rate,grad_norm,tokens,scale"
+    (tmp_path / METRICS).write_text(f"{header}\n1,0.5,2.0,0.0002,0.5,100,4.0\n2,0.5,2.0\n")
+    assert Timeline.read(tmp_path).steps == [Step(1, 0.5, 2.0, 2e-4, 0.5, 100, 4.0, 0.0)]
 
 
 def test_what_was_written_is_not_written_again(tmp_path):
