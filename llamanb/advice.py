@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -103,7 +104,7 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
         change = (lambda plan: f"model = {plan.recipe.model!r}"), "a smaller model"
         yield *change, lambda: _smaller_model(recipe, card, model)
     if _streams(recipe) and card.host_gib is not None:
-        change = lambda plan: f"{plan.streamed_gib + HOST_GIB:.0f} GiB of free host memory"  # noqa: E731
+        change = lambda plan: f"{math.ceil(plan.streamed_gib + HOST_GIB)} GiB of free host memory"  # noqa: E731
         yield change, "money", lambda: fitting(recipe, replace(card, host_gib=None), model)
     yield (lambda plan: f"a larger card: {plan.card.name}"), "money", lambda: _smallest_card(recipe, card, model)
 

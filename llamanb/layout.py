@@ -72,7 +72,7 @@ class Plan:
     streamed: tuple[int, ...] = ()
     """Numbers of the layers whose weights wait in host memory."""
     streamed_gib: float = 0.0
-    """Host memory that they take."""
+    """Host memory that they take, with the token embedding where that waits there too."""
     limit_gib: float | None = None
     """What of the card is planned with: `free_gib` less a margin."""
     steps: int | None = None

@@ -17,7 +17,7 @@ from llamanb.memory import outline
 from llamanb.recipe import Recipe
 from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest, streamable
 from llamanb.speed import tokens_that_hide
-from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload, spread, streamed_bytes
+from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload, embedding_bytes, spread, streamed_bytes
 
 MEASURED_WITH = {
     "torch": "2.11.0",
@@ -158,7 +158,7 @@ def search(
         alternatives=tuple(_alternative(one, best, limit) for one in others),
         length=length,
         streamed=spread(best.work.streamed, model.layers),
-        streamed_gib=best.work.streamed * streamed_bytes(best.work) / GIB,
+        streamed_gib=_waiting(best.work) / GIB,
         limit_gib=limit / GIB,
         steps=steps_of(recipe, data),
         basis=_basis(recipe),
@@ -181,6 +181,11 @@ def smallest_fits(recipe: Recipe, card: Card, model: Architecture, gaps: float =
     )
     least = smallest(recipe, base, streamable(recipe, base, _host(card)))
     return outline(least).allocated * (1 + gaps) <= _limit(recipe, card)
+
+
+def _waiting(work: Workload) -> int:
+    """Bytes of weights in host memory."""
+    return work.streamed * streamed_bytes(work) + embedding_bytes(work) if work.streamed else 0
 
 
 def _host(card: Card) -> float:

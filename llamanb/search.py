@@ -16,7 +16,7 @@ from llamanb.card import Card
 from llamanb.memory import Memory, outline, predict
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime, step_time
-from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload, streamed_bytes
+from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload, embedding_bytes, streamed_bytes
 
 GAPS_GUESS, GAPS_LEAST = 0.02, 96 * 2**20
 """Share of the allocated memory, and bytes, taken for gaps while searching; the layout chosen is replayed."""
@@ -67,7 +67,7 @@ def streamable(recipe: Recipe, base: Workload, host: float) -> int:
     """How many layers' weights may wait in so many bytes of host memory."""
     if recipe.weights == "resident" or not base.fused or recipe.quantization not in ("nf4", "fp4"):
         return 0
-    return int(min(len(base.layers), max(0.0, host) / streamed_bytes(base)))
+    return int(min(len(base.layers), max(0.0, host - embedding_bytes(base)) / streamed_bytes(base)))
 
 
 def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float, room: int) -> tuple[Candidate, list[Candidate]]:

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from llamanb.errors import ModelError
 from llamanb.model.quantized import QuantizedLayers
-from llamanb.model.streamed import StreamedLayers
+from llamanb.model.streamed import HostEmbedding, StreamedLayers
 from llamanb.recipe import Recipe
 from llamanb.tape.workload import BLOCK, BUFFERS
 
@@ -36,8 +36,8 @@ def load_piecewise(
     attention: str,
     streams: Callable | None = None,
 ) -> LlamaForCausalLM:
-    """A Llama in 4 bits, with the weights of its `streamed` layers in host memory; as its `streamed` the StreamedLayers
-    that bring them, None where there is none.
+    """A Llama in 4 bits, with the weights of its `streamed` layers in host memory, and its token embedding where the
+    head is not the same; as its `streamed` the StreamedLayers that bring them, None where there is none.
 
     Args:
         read: gives the tensors that `stored` names: of 16 bits, which are quantized as the recipe says, or of a
@@ -64,7 +64,9 @@ def load_piecewise(
                     weight = _weight(path, recipe, read, stored, dtype, device)
                     setattr(part, name, _linear(child, recipe, weight, number in streamed))
     for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta and name not in tied:
+        if name == "model.embed_tokens.weight" and streamed and not tied:
+            decoder.embed_tokens = HostEmbedding(read(name).to(dtype), device)
+        elif parameter.is_meta and name not in tied:
             made = nn.Parameter(read(name).to(device, dtype), requires_grad=False)
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], made)
     if tied:

@@ -177,6 +177,23 @@ class StreamedLayers:
         self.hosts[number].bind(self._views[number, slot])
 
 
+class HostEmbedding(nn.Embedding):
+    """A frozen token embedding in host memory: the rows that are looked up are copied to where their ids are.
+
+    Args:
+        table: (tokens of the vocabulary, hidden).
+        device: where the model is; a `weight` without rows says so.
+    """
+
+    def __init__(self, table: Tensor, device: torch.device | str):
+        super().__init__(*table.shape, device="meta")
+        self.table = table.cpu()
+        self.weight = nn.Parameter(table.new_empty(0, table.shape[1], device=device), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids.cpu(), self.table).to(ids.device)
+
+
 def _owners(module: nn.Module) -> list[tuple[object, str]]:
     """Where a linear layer keeps what is frozen: (owner, attribute)."""
     if not isinstance(module, nn.Linear) or module.weight.requires_grad:

@@ -54,7 +54,7 @@ class Step(DecoderLayer, FusedLayers):
             free(
                 new(int(rest * width + linear * per_weight) - unused)
             )  # transformers asks for all of it, and gives it back
-        for _ in range(1 if model.tied else 2):
+        for _ in range(1 if model.tied or work.streamed else 2):  # with streamed layers in host memory, but for a head
             new(width * model.embedding_parameters, EMBEDDINGS)
         streamed = spread(work.streamed, model.layers)
         for layer in range(model.layers):

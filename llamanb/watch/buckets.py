@@ -13,7 +13,10 @@ def lasting_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer | Non
     """Bytes by bucket of a model's weights, adapters and gradients and of the optimizer's states, on the model's
     device. Paged states count where they are resident, which nobody can see: as nothing."""
     found = dict.fromkeys((WEIGHTS, CONSTANTS, EMBEDDINGS, ADAPTERS, GRADIENTS, OPTIMIZER), 0)
+    here = next(model.parameters()).device
     for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if parameter.device != here:  # streamed, and not here now
+            continue
         ends = "embed_tokens" in name or "lm_head" in name
         bucket = ADAPTERS if "lora_" in name else EMBEDDINGS if ends else WEIGHTS
         found[bucket] += parameter.nbytes

@@ -104,3 +104,10 @@ def test_paged_states_count_as_nothing(model):
 
 def test_buckets_are_the_plan_s(model):
     assert set(lasting_bytes(model("lora"))) <= set(BUCKETS)
+
+
+def test_a_weight_that_waits_elsewhere_is_not_on_the_device(model):
+    made = model("lora")
+    before, mlp = lasting_bytes(made), made.get_decoder().layers[0].mlp
+    mlp.down_proj.base_layer.weight = torch.nn.Parameter(mlp.down_proj.base_layer.weight.to("meta"))
+    assert lasting_bytes(made) == before | {WEIGHTS: before[WEIGHTS] - 64 * 128 * FP32}

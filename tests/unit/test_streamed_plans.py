@@ -10,12 +10,13 @@ import pytest
 from llamanb import Card, Recipe, plan
 from llamanb.architecture import architecture
 from llamanb.errors import HostMemoryError, RecipeError
+from llamanb.layout import GIB
 from llamanb.memory import outline, predict, tape_peaks
 from llamanb.planner import HOST_GIB, DoesNotFitError, workload, workload_of
 from llamanb.rehearsal import rehearse
 from llamanb.speed import TOKENS, step_time, tokens_that_hide
-from llamanb.tape import CHECKPOINTED, HALVED, LOAD, STORED, record_steady, spread, streamed_bytes
-from llamanb.tape.workload import BUFFERS
+from llamanb.tape import CHECKPOINTED, FORWARD, HALVED, LOAD, STORED, record_steady, spread, streamed_bytes
+from llamanb.tape.workload import BUFFERS, EMBEDDINGS
 from llamanb.training import train
 from llamanb.training.recovery import smaller
 
@@ -52,8 +53,22 @@ def test_each_streamed_layer_takes_its_weights_off_the_card():
     sizes = [outline(work(streamed=count)).allocated for count in range(7)]
     layer, buffers = sizes[1] - sizes[2], BUFFERS * streamed_bytes(work())
     assert layer == pytest.approx(streamed_bytes(work()), rel=0.001)
-    assert sizes[1] - sizes[0] == pytest.approx(buffers - layer, rel=0.001)
+    embedding = 2 * 128_256 * 4096
+    assert sizes[1] - sizes[0] == pytest.approx(buffers - layer - embedding, rel=0.001)
     assert [a - b for a, b in itertools.pairwise(sizes[1:])] == [layer] * 5
+
+
+def test_a_tied_embedding_stays_since_the_head_is_the_same():
+    one = architecture("meta-llama/Llama-3.2-1B-Instruct")
+    kept = {n: on_card(work(model=dataclasses.replace(one, layers=6), streamed=n)) for n in (0, 3)}
+    assert kept[0] == kept[3] == 2 * 128_256 * 2048
+    away = {n: on_card(work(streamed=n)) for n in (0, 3)}
+    assert (away[0], away[3]) == (2 * 2 * 128_256 * 4096, 2 * 128_256 * 4096)
+
+
+def on_card(one) -> int:
+    """Bytes of embedding and head on the card."""
+    return outline(one).peaks[FORWARD][EMBEDDINGS]
 
 
 def test_a_layer_of_8b_is_what_bitsandbytes_makes_of_it():
@@ -85,6 +100,8 @@ def test_70b_on_one_card(card, host_gib, least):
     made = plan(streamed(rank=8), card, host_gib=host_gib)
     assert made.fits
     assert len(made.streamed) >= least
+    embedding = 2 * 128_256 * 8192 / GIB
+    assert made.streamed_gib == pytest.approx(len(made.streamed) * 0.411 + embedding, rel=0.001)
     assert made.streamed_gib <= host_gib - HOST_GIB
     assert made.streamed == spread(len(made.streamed), 80)
     assert workload_of(made, architecture(SEVENTY)).streamed == len(made.streamed)
@@ -92,7 +109,7 @@ def test_70b_on_one_card(card, host_gib, least):
 
 def test_where_the_host_has_too_little_memory_the_error_says_how_many_layers_it_has_room_for():
     """Colab's 12.7 GB."""
-    with pytest.raises(DoesNotFitError, match=r"12\.7 GiB of host memory have room for .* 26 of 80") as caught:
+    with pytest.raises(DoesNotFitError, match=r"12\.7 GiB of host memory have room for .* 21 of 80") as caught:
         plan(streamed(rank=8), "T4", host_gib=12.7)
     assert "Llama-3.1-8B" in caught.value.fix
 
