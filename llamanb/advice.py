@@ -104,8 +104,8 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
         change = (lambda plan: f"model = {plan.recipe.model!r}"), "a smaller model"
         yield *change, lambda: _smaller_model(recipe, card, model)
     if _streams(recipe) and card.host_gib is not None:
-        change = lambda plan: f"{math.ceil(plan.streamed_gib + HOST_GIB)} GiB of free host memory"  # noqa: E731
-        yield change, "money", lambda: fitting(recipe, replace(card, host_gib=None), model)
+        change = (lambda plan: f"{math.ceil(plan.streamed_gib + HOST_GIB)} GiB of free host memory"), "money"
+        yield *change, lambda: fitting(recipe, replace(card, host_gib=None), model)
     yield (lambda plan: f"a larger card: {plan.card.name}"), "money", lambda: _smallest_card(recipe, card, model)
 
 

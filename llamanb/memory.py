@@ -112,8 +112,11 @@ def predict(work: Workload, *, expandable: bool | None = None) -> Memory:
 
 def outline(work: Workload) -> Outline:
     """The outline of a model of any depth, from tapes of at most two layers of each kind and one more."""
-    if work.streamed:
-        return _streamed(work)
+    return _streamed(work) if work.streamed else _deep(work)
+
+
+@functools.lru_cache(maxsize=256)
+def _deep(work: Workload) -> Outline:
     counts = {kind: work.layers.count(kind) for kind in dict.fromkeys(work.layers)}
     few = {kind: min(count, 2) for kind, count in counts.items()}
     base = _outline(_cut(work, _layers(few)))
@@ -133,13 +136,11 @@ def outline(work: Workload) -> Outline:
 
 def _streamed(work: Workload) -> Outline:
     """The outline with some layers' weights in host memory: the same but for those, and for the buffers."""
-    found = outline(work.replace(streamed=0))
-    none, one, two = (_lasting(_cut(work, (CHECKPOINTED,) * 2).replace(streamed=n)) for n in range(3))
-    for buckets in found.peaks.values():
-        for bucket in buckets:
-            layer = two[bucket] - one[bucket]
-            buckets[bucket] += (work.streamed - 1) * layer + one[bucket] - none[bucket]
-    return found
+    found, few = _deep(work.replace(streamed=0)), _cut(work, (CHECKPOINTED,) * 2)
+    none, one, two = (_lasting(few.replace(streamed=n)) for n in range(3))
+    more = {bucket: (work.streamed - 1) * (two[bucket] - size) + size - none[bucket] for bucket, size in one.items()}
+    peaks = {at: {name: size + more[name] for name, size in buckets.items()} for at, buckets in found.peaks.items()}
+    return replace(found, peaks=peaks)
 
 
 def _lasting(work: Workload) -> dict[str, int]:

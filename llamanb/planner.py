@@ -161,7 +161,7 @@ def search(
         streamed_gib=_waiting(best.work) / GIB,
         limit_gib=limit / GIB,
         steps=steps_of(recipe, data),
-        basis=_basis(recipe),
+        basis=_basis(recipe, rehearsed=not best.work.streamed),
     )
     if not made.fits and not force:
         from llamanb.advice import does_not_fit
@@ -365,12 +365,14 @@ def steps_of(recipe: Recipe, data) -> int | None:
     return math.ceil(a_pass * recipe.epochs)
 
 
-def _basis(recipe: Recipe) -> str:
+def _basis(recipe: Recipe, *, rehearsed: bool) -> str:
+    """What the predictions rest on; with the advice to rehearse where that can be done."""
     text = "the shape of the model and the figures of the card"
     if recipe.dora:
         return text + "; DoRA is planned for roughly, as if all of it were fp32: rehearse(plan)"
     others = ", ".join(f"{name} {is_}" for name, is_ in _other_versions())
-    return f"{text}, as measured with other versions ({others} here): rehearse(plan) to be sure" if others else text
+    sure = ": rehearse(plan) to be sure" if rehearsed else ""
+    return f"{text}, as measured with other versions ({others} here){sure}" if others else text
 
 
 @functools.cache

@@ -24,7 +24,7 @@ MOST_TOKENS = 65536
 """Tokens of the largest micro-batch that is looked at."""
 MOST_TRIED = 6
 """Micro-batches that are looked at, spread over the divisors of the effective batch."""
-STREAMED_TRIED = 4
+STREAMED_TRIED = 3
 """Numbers of streamed layers that are looked at, from as few as fit to all."""
 AS_ASKED = {"none": STORED, "all": CHECKPOINTED, "offloaded": OFFLOADED}
 """What becomes of each layer, by a recipe's `checkpointing`; `auto` chooses layer by layer."""
@@ -145,8 +145,12 @@ def fewest_recomputed(work: Workload, fits: Callable[[Workload], bool], least: i
     Args:
         least: steps to begin with (recomputed_steps).
     """
-    found = [work.replace(layers=layers) for layers in ways(len(work.layers), fused=work.fused)]
-    return found[bisect_left(range(len(found) - 1), True, least, key=lambda i: fits(found[i]))]
+    found = ways(len(work.layers), fused=work.fused)
+
+    def enough(i: int) -> bool:
+        return fits(work.replace(layers=found[i]))
+
+    return work.replace(layers=found[bisect_left(range(len(found) - 1), True, least, key=enough)])
 
 
 def recomputed_steps(work: Workload) -> int:
