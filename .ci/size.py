@@ -31,8 +31,8 @@ REPLAY = ("tape/", "allocator.py")
 """What memory.py predicts from; stands by itself, and is counted apart (docs/decisions/0007)."""
 FUSED = ("model/fused.py", "model/products.py", "model/kernels.py", "model/elementwise.py", "model/head.py")
 """What computes the numbers of transformers' layers and trl's loss faster; the same (docs/decisions/0011)."""
-STREAMED = ("model/streamed.py", "model/piecewise.py", "model/quantized.py")
-"""What brings weights to the card that wait in host memory; the same (docs/decisions/0019)."""
+STREAMED = ("model/streamed.py", "model/piecewise.py", "model/quantized.py", "streaming.py")
+"""What brings weights to the card that wait in host memory, and plans for it; the same (docs/decisions/0019)."""
 IDLE = {
     tokenize.COMMENT,
     tokenize.NL,

@@ -125,11 +125,11 @@ def trained(plan: Plan, link: float | None, steps: int = STEPS) -> dict:
             trainer.args.train_sampling_strategy = "sequential"
             instants.attach(trainer)
             streamed = getattr(model.get_base_model(), "streamed", None)
-            stalls = _watched(trainer, streamed)
             trainer.train()
         except torch.OutOfMemoryError as error:
             return {"status": f"out of memory: {str(error)[:600]}", "step_s": None}
     micro, optimizer = instants.times(plan.accumulation)
+    stalls = [line["stall_s"] for line in trainer.state.log_history if "stall_s" in line]
     return {
         "status": "ok",
         "loaded_s": round(loaded_s, 1),
@@ -141,21 +141,6 @@ def trained(plan: Plan, link: float | None, steps: int = STEPS) -> dict:
         "pinned": not streamed.refused if streamed else None,
         "losses": [round(line["loss"], 5) for line in trainer.state.log_history if "loss" in line],
     }
-
-
-def _watched(trainer, streamed) -> list[float]:
-    """Seconds that each step waits for copies; filled while it trains."""
-    from transformers import TrainerCallback
-
-    stalls: list[float] = []
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            if streamed:
-                stalls.append(streamed.stalled_s())
-
-    trainer.add_callback(Watch())
-    return stalls
 
 
 def _held_to(link: float):

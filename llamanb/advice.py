@@ -7,13 +7,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from llamanb import streaming
 from llamanb.architecture import Architecture, architecture
 from llamanb.card import Card
 from llamanb.cards import KNOWN
 from llamanb.html import Table
 from llamanb.layout import GIB, Plan
 from llamanb.machine import host_memory
-from llamanb.planner import HOST_GIB, DoesNotFitError, search, smallest_fits
+from llamanb.planner import DoesNotFitError, search, smallest_fits
 from llamanb.recipe import Recipe
 from llamanb.search import GAPS_GUESS
 
@@ -39,9 +40,7 @@ def does_not_fit(plan: Plan, model: Architecture, *, rehearsed: bool = False) ->
     what += f"{plan.limit_gib:.2f} to plan with"
     why = f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, the largest part of it "
     why += f"{bucket}: {memory.buckets[bucket] / GIB:.2f} GiB"
-    if _streams(recipe) and len(plan.streamed) < len(plan.layers) and card.host_gib is not None:
-        why += f"; {card.host_gib:.1f} GiB of host memory have room for the weights of {len(plan.streamed)} of "
-        why += f"{len(plan.layers)} layers"
+    why += streaming.too_little(recipe, card, len(plan.streamed), len(plan.layers))
     taken = card.vram_gib - card.free_gib - (card.context_gib or CONTEXT_GIB)
     if taken > TAKEN * card.vram_gib:
         why += f"; {taken:.2f} of the card's {card.vram_gib:.2f} GiB were taken before"
@@ -83,10 +82,8 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
         yield "double_quant = True", "hardly anything", tried(double_quant=True)
     if recipe.optimizer not in ("auto", "paged_adamw_8bit"):
         yield "optimizer = 'paged_adamw_8bit'", "hardly anything", tried(optimizer="paged_adamw_8bit")
-    if recipe.weights != "streamed" and _streams(recipe.replace(weights="auto")):
-        yield "weights = 'streamed'", "time, where copies do not hide", tried(weights="streamed")
-    if recipe.weights != "resident" and not _streams(recipe) and _streams(recipe.replace(dropout=0.0, dora=False)):
-        yield "dropout = 0, dora = False", "what these do", tried(dropout=0.0, dora=False)
+    for change, costs, fields in streaming.changes(recipe):
+        yield change, costs, tried(**fields)
     if recipe.checkpointing != "offloaded":
         yield "checkpointing = 'offloaded'", "time: copies to host memory", tried(checkpointing="offloaded")
     if recipe.max_length > SHORTEST:
@@ -103,16 +100,10 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
     if model.parameters > architecture(SMALLER[-1]).parameters:
         change = (lambda plan: f"model = {plan.recipe.model!r}"), "a smaller model"
         yield *change, lambda: _smaller_model(recipe, card, model)
-    if _streams(recipe) and card.host_gib is not None:
-        change = (lambda plan: f"{math.ceil(plan.streamed_gib + HOST_GIB)} GiB of free host memory"), "money"
+    if streaming.may_stream(recipe) and card.host_gib is not None:
+        change = (lambda plan: f"{math.ceil(plan.streamed_gib + streaming.HOST_GIB)} GiB of free host memory"), "money"
         yield *change, lambda: fitting(recipe, replace(card, host_gib=None), model)
     yield (lambda plan: f"a larger card: {plan.card.name}"), "money", lambda: _smallest_card(recipe, card, model)
-
-
-def _streams(recipe: Recipe) -> bool:
-    """Whether the recipe's weights may wait in host memory."""
-    plain = recipe.quantization in ("nf4", "fp4") and not (recipe.dropout or recipe.dora)
-    return plain and recipe.weights != "resident"
 
 
 def fitting(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
@@ -184,8 +175,7 @@ def trainable(card: Card | str | None = None) -> Table:
 def _reached(model: Architecture, method: str, card: Card) -> str:
     """Longest row that fits with every layer recomputed and one row at a time; gaps are guessed, not replayed."""
     recipe = Recipe(model=model.name, method=method, effective_batch_size=1, checkpointing="all")
-    for weights in ("resident", "auto"):
-        longest = STEP * _most(model.max_positions // STEP, recipe.replace(weights=weights), card, model)
-        if longest:
-            return f"{longest:,}" + (" streamed" if weights == "auto" else "")
+    for weights, words in (("resident", ""), ("auto", " streamed")):
+        if steps := _most(model.max_positions // STEP, recipe.replace(weights=weights), card, model):
+            return f"{STEP * steps:,}{words}"
     return "no"

@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 from dataclasses import replace
 
+from llamanb import streaming
 from llamanb.architecture import Architecture, architecture, require_method
 from llamanb.card import Card
 from llamanb.errors import LlamanbError, RecipeError
@@ -15,9 +16,8 @@ from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
 from llamanb.machine import host_memory
 from llamanb.memory import outline
 from llamanb.recipe import Recipe
-from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest, streamable
-from llamanb.speed import tokens_that_hide
-from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload, embedding_bytes, spread, streamed_bytes
+from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest
+from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload, spread
 
 MEASURED_WITH = {
     "torch": "2.11.0",
@@ -32,10 +32,6 @@ MARGIN, MARGIN_ELSEWHERE, MARGIN_REHEARSED = 0.04, 0.10, 0.02
 MARGIN_DORA = 0.10
 """More for DoRA, whose magnitudes widen what flows between layers to fp32: it is planned for as fp32, which was 8 %
 less than three layers of 1B took."""
-HOST_GIB = 2.0
-"""Host memory that a training takes beside streamed weights."""
-STALLS = 0.005
-"""Share of a step from which waiting for copies is told."""
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU."""
 
@@ -68,8 +64,8 @@ def plan(
         card: a Card, the name of a known one ("T4"), or None: the GPU or CPU of this machine.
         data: what `load_data(recipe)` gave; the plan is then made for its longest row and counts its steps.
         force: return the plan that comes closest where none is predicted to fit, however long the rows.
-        host_gib: host memory that is free, for weights that are streamed; None: this machine's where the card is this
-            machine's, and else as much as it takes.
+        host_gib: host memory that is free, for weights that are streamed, each card's own; None: this machine's where
+            the card is this machine's, and else as much as it takes.
         cards: that share each step's rows, each with a copy of the model; the plan is for one of them.
 
     Raises:
@@ -81,7 +77,7 @@ def plan(
     if card is None and host_gib is None:
         host_gib = min(host_memory()[1:])
     card = Card.known(card) if isinstance(card, str) else card or Card.here()
-    card = card if host_gib is None else replace(card, host_gib=host_gib)
+    card = card if host_gib is None else replace(card, host_gib=host_gib / max(cards, 1))
     model = architecture(recipe.model, recipe.revision)
     require_method(model, recipe, card.is_gpu)
     if _length(recipe, data) > model.max_positions and not force:
@@ -95,11 +91,8 @@ def plan(
 
 def _share(recipe: Recipe, cards: int) -> Recipe:
     """As one of several cards computes it."""
-    rows, effective, micro = (
-        -(-recipe.effective_batch_size // cards),
-        recipe.effective_batch_size,
-        recipe.micro_batch_size,
-    )
+    effective, micro = recipe.effective_batch_size, recipe.micro_batch_size
+    rows = -(-effective // cards)
     if not 0 < cards <= effective:
         why = f"a step has {effective} rows, and each card computes some of them"
         raise RecipeError(f"cards = {cards}", why, f"effective_batch_size = {max(cards, 1)} or more, or fewer cards")
@@ -110,13 +103,7 @@ def _share(recipe: Recipe, cards: int) -> Recipe:
 
 
 def search(
-    recipe: Recipe,
-    card: Card,
-    model: Architecture,
-    *,
-    data=None,
-    force: bool = False,
-    streamed: int = 0,
+    recipe: Recipe, card: Card, model: Architecture, *, data=None, force: bool = False, streamed: int = 0
 ) -> Plan:
     """`plan` for a GPU and a model whose shape is known; so many layers `streamed`, where the recipe streams none."""
     dtype, why_dtype = card.choose_precision(recipe.precision)
@@ -131,7 +118,7 @@ def search(
     ).replace(streamed=streamed)
     limit = _limit(recipe, card)
     timed = replace(card, tflops=None) if recipe.dora else card  # fp32 in the plan's memory, not in its arithmetic
-    best, others = fastest(recipe, timed, base, limit, _host(card))
+    best, others = fastest(recipe, timed, base, limit)
     rows = best.work.rows
     made = Plan(
         recipe=recipe,
@@ -149,7 +136,7 @@ def search(
             "fused": why_not_fused or "the same numbers in fewer kernels, from half of the activations",
             "micro_batch_size": "as asked" if recipe.micro_batch_size else "the fastest divisor of the effective batch",
             "layers": _why_layers(recipe, best, limit),
-            "weights": _why_streamed(best, recipe, timed, streamable(recipe, base, _host(card))),
+            "weights": streaming.why(best.work, best.time, recipe, timed),
             "attention": why_attention,
             "optimizer": why_optimizer,
         },
@@ -158,7 +145,7 @@ def search(
         alternatives=tuple(_alternative(one, best, limit) for one in others),
         length=length,
         streamed=spread(best.work.streamed, model.layers),
-        streamed_gib=_waiting(best.work) / GIB,
+        streamed_gib=streaming.waiting_bytes(best.work) / GIB,
         limit_gib=limit / GIB,
         steps=steps_of(recipe, data),
         basis=_basis(recipe, rehearsed=not best.work.streamed),
@@ -179,18 +166,8 @@ def smallest_fits(recipe: Recipe, card: Card, model: Architecture, gaps: float =
     base = workload(
         recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length, fused=fused
     )
-    least = smallest(recipe, base, streamable(recipe, base, _host(card)))
+    least = smallest(recipe, base, streaming.room_for(recipe, base, card))
     return outline(least).allocated * (1 + gaps) <= _limit(recipe, card)
-
-
-def _waiting(work: Workload) -> int:
-    """Bytes of weights in host memory."""
-    return work.streamed * streamed_bytes(work) + embedding_bytes(work) if work.streamed else 0
-
-
-def _host(card: Card) -> float:
-    """Bytes of host memory for streamed weights."""
-    return math.inf if card.host_gib is None else (card.host_gib - HOST_GIB) * GIB
 
 
 def _limit(recipe: Recipe, card: Card) -> float:
@@ -262,26 +239,6 @@ def _why_layers(recipe: Recipe, best: Candidate, limit: float) -> str:
     if OFFLOADED in best.work.layers:
         return "without that nothing fits"
     return f"recomputing costs time: as few layers as fit {limit / GIB:.2f} GiB"
-
-
-def _why_streamed(best: Candidate, recipe: Recipe, card: Card, room: int) -> str:
-    """Why weights wait in host memory, what their copies cost, and what decides how fast a step is."""
-    work, time = best.work, best.time
-    if not work.streamed:
-        return ""
-    why = "nothing fits with all of them on the card; " if recipe.weights == "auto" else ""
-    if card.host_gib is None:
-        why += "how much host memory there is was not said (host_gib=); "
-    if not time:
-        return why + "they are brought to the card layer by layer"
-    free = tokens_that_hide(work, card)
-    hidden = f"copies hide behind about {free:,} tokens at once and more" if free else "copies hide behind any layer"
-    binds = "arithmetic" if time.gpu_s >= time.launch_s else "launches"
-    if time.stall_s > STALLS * time.step_s:
-        binds = f"copies, {time.stall_s / time.step_s:.0%} of a step"
-    elif work.streamed == room < len(work.layers):
-        binds += " and host memory"
-    return f"{why}{hidden}, here {work.tokens:,}; bound by {binds}"
 
 
 def _why_not_fused(recipe: Recipe, kernel: str) -> str:

@@ -7,7 +7,6 @@ so for each micro-batch the fewest recomputed layers that fit are looked for, an
 from __future__ import annotations
 
 import itertools
-import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from llamanb.card import Card
 from llamanb.memory import Memory, outline, predict
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime, step_time
-from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload, embedding_bytes, streamed_bytes
+from llamanb.streaming import counts_to_try, room_for
+from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
 
 GAPS_GUESS, GAPS_LEAST = 0.02, 96 * 2**20
 """Share of the allocated memory, and bytes, taken for gaps while searching; the layout chosen is replayed."""
@@ -24,8 +24,6 @@ MOST_TOKENS = 65536
 """Tokens of the largest micro-batch that is looked at."""
 MOST_TRIED = 6
 """Micro-batches that are looked at, spread over the divisors of the effective batch."""
-STREAMED_TRIED = 3
-"""Numbers of streamed layers that are looked at, from as few as fit to all."""
 AS_ASKED = {"none": STORED, "all": CHECKPOINTED, "offloaded": OFFLOADED}
 """What becomes of each layer, by a recipe's `checkpointing`; `auto` chooses layer by layer."""
 
@@ -45,17 +43,10 @@ class Candidate:
         return recomputed_steps(self.work)
 
 
-def fastest(
-    recipe: Recipe, card: Card, base: Workload, limit: float, host: float = math.inf
-) -> tuple[Candidate, list[Candidate]]:
-    """The layout to take, and the best of each other micro-batch. The first may exceed the limit: then none fits.
-    Where the recipe leaves it open, nothing is streamed as long as something fits without.
-
-    Args:
-        limit: bytes of the card to plan with.
-        host: bytes of host memory that streamed weights may take.
-    """
-    room = streamable(recipe, base, host)
+def fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[Candidate, list[Candidate]]:
+    """The layout to take, and the best of each other micro-batch, in `limit` bytes of the card. The first may exceed
+    them: then none fits. Where the recipe leaves it open, nothing is streamed as long as something fits without."""
+    room = room_for(recipe, base, card)
     if room and recipe.weights == "auto" and outline(smallest(recipe, base)).allocated <= limit:
         best, others = _fastest(recipe, card, base, limit, 0)
         if best.memory.reserved <= limit:
@@ -63,21 +54,10 @@ def fastest(
     return _fastest(recipe, card, base, limit, room)
 
 
-def streamable(recipe: Recipe, base: Workload, host: float) -> int:
-    """How many layers' weights may wait in so many bytes of host memory."""
-    if recipe.weights == "resident" or not base.fused or recipe.quantization not in ("nf4", "fp4"):
-        return 0
-    return int(min(len(base.layers), max(0.0, host - embedding_bytes(base)) / streamed_bytes(base)))
-
-
 def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float, room: int) -> tuple[Candidate, list[Candidate]]:
     """`fastest` with at most `room` layers streamed."""
-    found = [
-        _with_fewest_streamed(recipe, card, work, limit, room)
-        if room
-        else _with_fewest_recomputed(recipe, card, work, limit)
-        for work in (_with_rows(recipe, base, rows) for rows in _micro_batches(recipe, base))
-    ]
+    tried = (_with_rows(recipe, base, rows) for rows in _micro_batches(recipe, base))
+    found = [_with_fewest_streamed(recipe, card, work, limit, room) for work in tried]
     fitting = [one for one in found if one.memory.reserved <= limit]
     while fitting:  # gaps were guessed: replay the best, and take it if it still fits
         best = min(fitting, key=_cost)
@@ -126,15 +106,11 @@ def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: f
 
 def _with_fewest_streamed(recipe: Recipe, card: Card, work: Workload, limit: float, room: int) -> Candidate:
     """The workload with as few layers streamed as fit when all that may be is recomputed, or the fastest of some with
-    more: what a streamed layer leaves free can keep activations, and its copies may cost nothing."""
-    depth = len(work.layers)
-    least = work.replace(layers=(AS_ASKED.get(recipe.checkpointing, CHECKPOINTED),) * depth)
-    counts = range(room)  # all of what there is room for, where nothing less fits
-    first = bisect_left(counts, True, key=lambda n: _guess(least.replace(streamed=n)).reserved <= limit)
-    more = {first + (room - first) * i // (STREAMED_TRIED - 1) for i in range(STREAMED_TRIED)}
-    return min(
-        (_with_fewest_recomputed(recipe, card, work.replace(streamed=n), limit) for n in sorted(more)), key=_cost
-    )
+    more."""
+    least = work.replace(layers=(AS_ASKED.get(recipe.checkpointing, CHECKPOINTED),) * len(work.layers))
+    counts = counts_to_try(room, lambda n: _guess(least.replace(streamed=n)).reserved <= limit)
+    works = [work.replace(streamed=n) for n in counts] if room else [work]
+    return min((_with_fewest_recomputed(recipe, card, one, limit) for one in works), key=_cost)
 
 
 def fewest_recomputed(work: Workload, fits: Callable[[Workload], bool], least: int = 0) -> Workload:
@@ -146,11 +122,8 @@ def fewest_recomputed(work: Workload, fits: Callable[[Workload], bool], least: i
         least: steps to begin with (recomputed_steps).
     """
     found = ways(len(work.layers), fused=work.fused)
-
-    def enough(i: int) -> bool:
-        return fits(work.replace(layers=found[i]))
-
-    return work.replace(layers=found[bisect_left(range(len(found) - 1), True, least, key=enough)])
+    at = bisect_left(range(len(found) - 1), True, least, key=lambda i: fits(work.replace(layers=found[i])))
+    return work.replace(layers=found[at])
 
 
 def recomputed_steps(work: Workload) -> int:

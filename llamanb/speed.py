@@ -9,7 +9,6 @@ torch 2.11, transformers 5.23, peft 0.21.2): off by 13 % on average there, by a 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from llamanb.card import Card
@@ -25,8 +24,6 @@ MASKED_HALF = 0.5
 """Causal attention computes half of all scores."""
 ATTENTION_RATE = 0.5
 """Of the card's matrix rate, in attention."""
-TOKENS = 64
-"""Steps in which tokens are counted that hide copies."""
 FP32_RATE = 1 / 8
 """Of the 16-bit matrix rate, without matrix units (T4: 8.1 of 65 TFLOP/s)."""
 
@@ -81,30 +78,18 @@ def _stalls(work: Workload, card: Card, gpu_s: float) -> float:
     layers that are there at a turn are not copied."""
     if not work.streamed:
         return 0.0
-    return sum(max(0.0, _copies_s(work, card) - share * gpu_s) for share in _ways(work))
+    return sum(max(0.0, copies_s(work, card) - share * gpu_s) for share in shares(work))
 
 
-def _copies_s(work: Workload, card: Card) -> float:
+def copies_s(work: Workload, card: Card) -> float:
     """Seconds of the copies of a forward pass, and of a backward pass."""
     return max(0, work.streamed - BUFFERS) * streamed_bytes(work) / _link(card)
 
 
-def _ways(work: Workload) -> tuple[float, float]:
+def shares(work: Workload) -> tuple[float, float]:
     """Shares of a micro-batch's time that forward and backward take."""
     forward = work.model.layers * _forward_flops(work) / flops(work)[0]
     return forward, 1 - forward
-
-
-def tokens_that_hide(work: Workload, card: Card) -> int:
-    """About the fewest tokens at once, in TOKENS, behind which the workload's copies hide; 0 where launching alone
-    takes as long. For a card whose speed is known."""
-    resident, copies = work.replace(streamed=0), _copies_s(work, card) / min(_ways(work))
-    half = {"rows": work.rows // 2} if work.rows % 2 == 0 else {"length": work.length // 2}
-    whole, less = (step_time(one, card, 1) for one in (resident, resident.replace(**half)))
-    if copies <= whole.launch_s:
-        return 0
-    per_token = (whole.gpu_s - less.gpu_s) / (work.tokens - resident.replace(**half).tokens)
-    return TOKENS * max(1, math.ceil((work.tokens + (copies - whole.gpu_s) / per_token) / TOKENS))
 
 
 def _link(card: Card) -> float:

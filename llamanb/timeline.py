@@ -137,11 +137,8 @@ class Timeline:
     @property
     def cards(self) -> str:
         """Each card's peak, in words; empty for one card, and without a GPU."""
-        return (
-            "cards at most " + " | ".join(f"{gib:.2f}" for gib in self.cards_gib) + " GiB"
-            if any(self.cards_gib)
-            else ""
-        )
+        peaks = " | ".join(f"{gib:.2f}" for gib in self.cards_gib)
+        return f"cards at most {peaks} GiB" if any(self.cards_gib) else ""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -181,9 +178,8 @@ class Timeline:
         for time_s, phase, *numbers in _rows(folder / MEMORY, {len(Sample._fields)}):
             made.add(Sample(float(time_s), phase, *(float(n) if n else None for n in numbers)))
         columns = len(Step._fields)  # runs of before have no stalls
-        for step, time_s, loss, rate, norm, tokens, *more in _rows(folder / METRICS, {columns - 1, columns}):
-            seen = map(float, (time_s, loss, rate, norm))
-            made.steps.append(Step(int(step), *seen, int(tokens), *map(float, more)))
+        for step, *seen in _rows(folder / METRICS, {columns - 1, columns}):
+            made.steps.append(Step(int(step), *map(float, seen[:4]), int(seen[4]), *map(float, seen[5:])))
         made.phase, made.returns = "over", [[int(began), int(end)] for began, end in made.returns]
         return made
 

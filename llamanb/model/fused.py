@@ -175,7 +175,7 @@ class FusedDecoder:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], kernel: str, streamed: StreamedLayers | None = None):
-        self.decoder = model.get_decoder()
+        self.decoder, self.streamed = model.get_decoder(), streamed
         Fast.try_on(self.decoder.norm.weight)
         self.layers = [
             FusedLayer(layer, functools.partial(streamed.visit, number) if streamed else nothing)
@@ -188,6 +188,8 @@ class FusedDecoder:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Around the micro-batches of an optimizer step."""
+        if self.streamed:
+            self.streamed.waits.clear()  # of what came before, such as answers
         copy_adapters(self.parts, self.decoder.norm.weight)
         try:
             yield

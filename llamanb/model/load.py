@@ -159,14 +159,8 @@ def piecewise_model(
         read, stored = quantized(folder, config, plan.recipe, dtype, device)
     else:
         read, stored = random_weights(config, dtype, device)
-    where = {
-        "streamed": plan.streamed,
-        "dtype": dtype,
-        "device": device,
-        "attention": plan.attention,
-        "streams": streams,
-    }
-    model = load_piecewise(config, plan.recipe, read, stored, **where)
+    where = {"streamed": plan.streamed, "dtype": dtype, "device": device, "attention": plan.attention}
+    model = load_piecewise(config, plan.recipe, read, stored, **where, streams=streams)
     if model.streamed and model.streamed.refused:
         warnings.warn(f"host memory is not pinned, so copies take longer: {model.streamed.refused}", stacklevel=4)
     return model

@@ -37,7 +37,8 @@ def load_piecewise(
     streams: Callable | None = None,
 ) -> LlamaForCausalLM:
     """A Llama in 4 bits, with the weights of its `streamed` layers in host memory, and its token embedding where the
-    head is not the same; as its `streamed` the StreamedLayers that bring them, None where there is none.
+    head is not the same; as its `streamed` the StreamedLayers that bring them, None where there is none. What else
+    `streams` takes layers only.
 
     Args:
         read: gives the tensors that `stored` names: of 16 bits, which are quantized as the recipe says, or of a
@@ -64,7 +65,7 @@ def load_piecewise(
                     weight = _weight(path, recipe, read, stored, dtype, device)
                     setattr(part, name, _linear(child, recipe, weight, number in streamed))
     for name, parameter in list(model.named_parameters()):
-        if name == "model.embed_tokens.weight" and streamed and not tied:
+        if name == "model.embed_tokens.weight" and streamed and not (tied or streams):
             decoder.embed_tokens = HostEmbedding(read(name).to(dtype), device)
         elif parameter.is_meta and name not in tied:
             made = nn.Parameter(read(name).to(device, dtype), requires_grad=False)

@@ -71,11 +71,6 @@ def streamed_bytes(work: Workload) -> int:
     return Step(work).streamed_bytes
 
 
-def embedding_bytes(work: Workload) -> int:
-    """Of a token embedding that is in host memory where layers are."""
-    return 0 if work.model.tied else BYTES[work.dtype] * work.model.embedding_parameters
-
-
 def record_load(work: Workload) -> Tape:
     """The tape of loading and of what lasts, up to the first step."""
     writer = Step(work)
@@ -104,7 +99,6 @@ __all__ = [
     "STORED",
     "Tape",
     "Workload",
-    "embedding_bytes",
     "mlp_tile",
     "record",
     "record_load",

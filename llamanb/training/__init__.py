@@ -15,9 +15,10 @@ from llamanb.data import TrainingData, load_data
 from llamanb.errors import HostMemoryError, RecipeError
 from llamanb.layout import Plan
 from llamanb.machine import host_memory, surroundings
-from llamanb.planner import HOST_GIB, steps_of
+from llamanb.planner import steps_of
 from llamanb.ranks import ALONE, Ranks
 from llamanb.run import FINISHED, INTERRUPTED, Run, new_folder
+from llamanb.streaming import HOST_GIB
 from llamanb.timeline import Timeline, replace_text
 from llamanb.training.checkpoints import lock, step_of
 from llamanb.training.interrupts import uninterrupted

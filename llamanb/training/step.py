@@ -92,8 +92,6 @@ class StepTrainer(SFTTrainer):
             self._recovering(lambda: self._summed(model, probe, num_items_in_batch))
             model.zero_grad()
             _set_random_state(before)
-        if self.streamed:
-            self.streamed.waits.clear()
         if self.plan.recipe.dropout:
             self.ranks.begin_step(self.args.seed, self.state.global_step)
         share = _rows(inputs, self.ranks.share(inputs["lengths"]))

@@ -100,6 +100,7 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"allocator"},
     {"memory"},
     {"speed"},
+    {"streaming"},
     {"layout"},
     {"search"},
     {"planner", "data", "gpu_check"},

@@ -12,9 +12,10 @@ from llamanb.architecture import architecture
 from llamanb.errors import HostMemoryError, RecipeError
 from llamanb.layout import GIB
 from llamanb.memory import outline, predict, tape_peaks
-from llamanb.planner import HOST_GIB, DoesNotFitError, workload, workload_of
+from llamanb.planner import DoesNotFitError, workload, workload_of
 from llamanb.rehearsal import rehearse
-from llamanb.speed import TOKENS, step_time, tokens_that_hide
+from llamanb.speed import step_time
+from llamanb.streaming import HOST_GIB, TOKENS, tokens_that_hide
 from llamanb.tape import CHECKPOINTED, FORWARD, HALVED, LOAD, STORED, record_steady, spread, streamed_bytes
 from llamanb.tape.workload import BUFFERS, EMBEDDINGS
 from llamanb.training import train
