@@ -190,6 +190,7 @@ def test_only_loading_and_fused_layers_know_streamed_ones():
     assert _uses("llamanb.model.streamed") == {"model/fused", "model/piecewise", "scale/sharded"}
     assert _uses("llamanb.model.piecewise") == {"model/load"}
     assert _uses("llamanb.model.quantized") == {"model/piecewise"}
+    assert _uses("llamanb.streaming") == {"search", "planner", "advice", "training/__init__"}
 
 
 def test_no_file_a_reader_would_dread():
