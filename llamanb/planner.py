@@ -17,7 +17,6 @@ from llamanb.machine import host_memory
 from llamanb.memory import outline
 from llamanb.recipe import Recipe
 from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest
-from llamanb.streaming import can_stream
 from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload, spread
 
 MEASURED_WITH = {
@@ -100,7 +99,7 @@ def _on_cards(recipe: Recipe, card: Card, model: Architecture, cards: int, data,
     if not card.is_gpu:
         made = _plan_on_cpu(one, card, model, data)
     else:
-        may = recipe.weights != "streamed" and can_stream(recipe)
+        may = recipe.weights != "streamed" and streaming.can_stream(recipe)
         ways = [{}, {"streamed": model.layers, "shards": cards}] if may else []
         tried = (search(one.replace(weights="resident"), card, model, data=data, force=True, **way) for way in ways)
         fitting = (made for made in tried if made.fits and (made.fused or made.shards == 1))

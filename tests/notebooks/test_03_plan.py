@@ -78,7 +78,7 @@ def test_this_machine_without_a_gpu_runs_to_the_end(run_notebook):
 
 def test_a_recipe_that_does_not_fit_shows_in_the_form_and_stops_at_the_plan(run_notebook, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=r"needs [\d.]+ GiB at the least") as caught:
-        run_notebook("03_plan", model="meta-llama/Llama-3.3-70B-Instruct")
+        run_notebook("03_plan", model="meta-llama/Llama-3.3-70B-Instruct", method="qlora-int8")
     assert caught.value.ename == "DoesNotFitError"
     what, why, fix, *changes = caught.value.traceback
     assert "T4 has " in what

@@ -103,7 +103,7 @@ def test_details_stand_under_the_lines():
 
 def test_a_plan_that_does_not_fit_shows_what_would_and_where_the_memory_goes(seat):
     with pytest.raises(DoesNotFitError) as caught:
-        plan(Recipe(model="meta-llama/Llama-3.3-70B-Instruct"), "T4")
+        plan(Recipe(model="meta-llama/Llama-3.3-70B-Instruct", weights="resident"), "T4")
     error = caught.value
     assert error._repr_html_().endswith(error.changes._repr_html_() + error.plan.bar()._repr_html_() + "</div>")
     lines = "\n".join(error._render_traceback_())
