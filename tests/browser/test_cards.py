@@ -59,13 +59,13 @@ def test_rows_that_are_not_there(open_lab, theme):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_plan_that_does_not_fit_shows_what_would_and_where_the_memory_goes(open_lab, theme):
-    lab = open_lab("03_plan", theme, model="meta-llama/Llama-3.3-70B-Instruct")
+    lab = open_lab("03_plan", theme, model="meta-llama/Llama-3.3-70B-Instruct", method="lora")
     lab.run_all()
     lab.wait_for_the_end()
     card = card_of(lab, "plan")
     lab.save_picture(f"card-does-not-fit-{theme}", "plan")
     assert re.search(r"needs [\d.]+ GiB at the least", card.get_by_role("heading").inner_text())
-    expect(card.get_by_role("table")).to_contain_text("a larger card")
+    expect(card.get_by_role("table")).to_contain_text("a smaller model")
     expect(card.get_by_role("img")).to_have_attribute("aria-label", re.compile("GiB too much"))
     (line,) = lab.noise()
     assert line.count("\n") == 0
