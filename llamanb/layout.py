@@ -82,7 +82,7 @@ class Plan:
     shards: int = 1
     """Cards that share the weights of `streamed` layers instead, each with a part of every layer on the card."""
     cards: int = 1
-    """That share each optimizer step's rows, each with a copy of the model; memory and time are one card's."""
+    """That compute each optimizer step together, a share of its rows each; memory and time are one card's."""
 
     @property
     def share(self) -> int:

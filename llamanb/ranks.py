@@ -38,8 +38,9 @@ class Ranks:
         """Which of a step's rows, of so many tokens, are this rank's."""
         return list(range(len(lengths)))
 
-    def begin_step(self, seed: int, step: int) -> None:
-        """Has each rank draw random numbers of its own, for dropout."""
+    def drawing(self, seed: int, step: int) -> AbstractContextManager:
+        """Around a step, in which each rank draws random numbers of its own, for dropout."""
+        return nullcontext()
 
     def summed(self, total, parameters):
         """The sum of all ranks' loss; their gradients are added up in place."""

@@ -138,8 +138,12 @@ class Peers(Ranks):
                 mine.append(row)
         return sorted(mine)
 
-    def begin_step(self, seed: int, step: int) -> None:
-        torch.manual_seed((seed * 1_000_003 + step) * self.count + self.number)  # the same when it is done again
+    @contextlib.contextmanager
+    def drawing(self, seed: int, step: int) -> Iterator[None]:
+        """The same when the step is done again; what all draw alike, such as the order of the rows, stays alike."""
+        with torch.random.fork_rng():
+            torch.manual_seed((seed * 1_000_003 + step) * self.count + self.number)
+            yield
 
     def summed(self, total: Tensor | int, parameters: Iterable[Tensor]) -> Tensor:
         gradients = []

@@ -1,8 +1,9 @@
 """Frozen weights that several cards share: each keeps a part of every layer, and before a layer is computed all parts
 are gathered on each card. Streamed layers (model/streamed.py) whose copies come from the other cards.
 
-A gathering takes all ranks, so they go through the same layers in the same order: as many micro-batches each (`rest` is
-for one that has no rows left, or no memory), and while rank 0 scores alone, the others `serve` what it visits.
+A gathering takes all ranks, so they go through the same layers in the same order: as many micro-batches each (one that
+has no rows left, or no memory, visits them without computing), and while rank 0 scores alone, the others `serve` what
+it visits.
 """
 
 from __future__ import annotations

@@ -94,7 +94,9 @@ def as_it_ran(plan: Plan, folder: Path) -> Plan:
     for a layout of its own."""
     with contextlib.suppress(*UNREADABLE, LlamanbError):  # what cannot be read is as if it had not been
         was = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
-        asked = [(p.card.name, p.cards, p.recipe.micro_batch_size, p.recipe.checkpointing) for p in (was, plan)]
+        asked = [
+            (p.card.name, p.cards, p.streamed, p.recipe.micro_batch_size, p.recipe.checkpointing) for p in (was, plan)
+        ]
         if was.reasons.get("layers", "").startswith(RAN_OUT) and asked[0] == asked[1]:
             kept = ("micro_batch_size", "accumulation", "layers", "memory", "time", "reasons", "alternatives")
             return plan.replace(**{name: getattr(was, name) for name in kept})

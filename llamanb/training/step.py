@@ -92,10 +92,9 @@ class StepTrainer(SFTTrainer):
             self._recovering(lambda: self._summed(model, probe, num_items_in_batch))
             model.zero_grad()
             _set_random_state(before)
-        if self.plan.recipe.dropout:
-            self.ranks.begin_step(self.args.seed, self.state.global_step)
         share = _rows(inputs, self.ranks.share(inputs["lengths"]))
-        total = self._recovering(lambda: self._summed(model, share, num_items_in_batch))
+        with self.ranks.drawing(self.args.seed, self.state.global_step):
+            total = self._recovering(lambda: self._summed(model, share, num_items_in_batch))
         total = self.ranks.summed(total, model.parameters())
         self.tokens += sum(inputs["lengths"])
         self._metrics["train"]["num_tokens"] = [self.tokens]

@@ -46,6 +46,21 @@ def test_one_that_is_alone_does_all_and_adds_nothing_up():
     assert weights[0].grad is None
 
 
+def test_each_rank_draws_numbers_of_its_own_and_the_order_of_rows_stays_alike():
+    torch.manual_seed(5)
+    drawn = []
+    for number, step in ((0, 7), (1, 7), (0, 8), (0, 7)):
+        with Peers(number, 2, number).drawing(1, step):
+            drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[3]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != drawn[2]
+    assert torch.initial_seed() == 5, "by which samplers shuffle"
+    found = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(found, torch.rand(3))
+
+
 def test_buckets_are_small_and_of_one_dtype(monkeypatch):
     monkeypatch.setattr(peers, "BUCKET", 10)
     tensors = [torch.zeros(n) for n in (4, 5, 1, 30, 2)] + [torch.zeros(1, dtype=torch.float64)]

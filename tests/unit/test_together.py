@@ -73,6 +73,18 @@ def test_two_processes_come_to_what_one_comes_to(alone, tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_passes_over_few_rows_with_steps_of_fewer_rows_than_ranks(tmp_path):
+    """12 rows, 5 a step: each pass is shuffled anew, and its last step has 2 rows for 3 ranks. Dropout too small to
+    drop anything draws its numbers all the same."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {i} " + "word " * (i + 5)}) + "\n" for i in range(12)))
+    few = recipe(dataset=str(rows), dropout=1e-12, steps=STEPS)
+    one, three = train(plan(few, CPU), runs=tmp_path, name="one"), launch(few, 3, runs=tmp_path, name="three")
+    assert three.losses == pytest.approx(one.losses, rel=1e-5)
+    assert {step.tokens for step in one.timeline.steps} == {step.tokens for step in three.timeline.steps}
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_and_any_number_goes_on(alone, tmp_path):
     process = started(tmp_path, "killed")
     said, _ = process.communicate(timeout=120)
