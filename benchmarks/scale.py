@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from llamanb import Card, Recipe
 from llamanb.architecture import architecture
 from llamanb.layout import GIB
 from llamanb.planner import plan
+from llamanb.ranks import ALONE
+from llamanb.scale.launched import launched
 
 ROWS: dict[str, dict] = {
     "8b-2048": {"model": "meta-llama/Llama-3.1-8B-Instruct", "length": 2048, "batch": 16, "micro": 2},
@@ -41,12 +44,13 @@ SIZES_MIB = (1, 16, 64, 256)
 
 def measure(name: str) -> dict | None:
     """One training in this rank; the result on rank 0."""
-    from llamanb.scale.peers import Peers
-
-    ranks = Peers.launched()
+    number, count = launched()
     import torch
 
-    if ranks.count > 1:
+    from llamanb.scale.peers import Peers
+
+    ranks = Peers(number, count) if count > 1 else ALONE
+    if count > 1:
         ranks.join()
     from llamanb.data import TrainingData
     from llamanb.model import attach_adapters, load_model
@@ -78,7 +82,7 @@ def measure(name: str) -> dict | None:
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
         model = attach_adapters(load_model(made, tokenizer, shape, ranks.streams), recipe)
         torch.cuda.empty_cache()
-        trainer = build_trainer(made, model, data, Path(folder), ranks.watchers(), ranks=ranks)
+        trainer = build_trainer(made, model, data, Path(folder), ranks.watchers(None), ranks=ranks)
         trainer.args.train_sampling_strategy = "sequential"
         instants.attach(trainer)
         trainer.add_callback(_clock(ends))
@@ -164,7 +168,8 @@ def run(out: Path, names: list[str], counts: list[int]) -> None:
             command = [*torchrun, "-m", "benchmarks.scale", "one", name]
             done = subprocess.run(command, capture_output=True, text=True)
             found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            error = {"row": name, "cards": cards, "error": (done.stdout + done.stderr)[-2000:]}
+            why = [line[6:] for line in done.stdout.splitlines() if line.startswith("ERROR ")]
+            error = {"row": name, "cards": cards, "error": why or done.stderr[-2000:]}
             line = json.loads(found[0]) if found else error
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -178,9 +183,7 @@ def report(paths: list[Path]) -> str:
     alone = {line["row"]: line["tokens_s"] for line in lines if line["cards"] == 1 and "error" not in line}
     for line in lines:
         if "error" in line:
-            text.append(
-                f"| {line['row']} | {line['cards']} | failed: {line['error'].splitlines()[-1][:100]} |" + " |" * 6
-            )
+            text.append(f"| {line['row']} | {line['cards']} | failed: {str(line['error'])[-100:]} |" + " |" * 6)
             continue
         times = f"{line['tokens_s'] / alone[line['row']]:.2f}" if line["row"] in alone else ""
         share = f"{line['adding_up_s'] / line['step_s']:.1%}" if line["cards"] > 1 else ""
@@ -208,8 +211,14 @@ def main() -> None:
         run(args.out, args.rows.split(","), [int(count) for count in args.cards.split(",")])
     elif args.command == "report":
         print(report(args.out))
-    elif (found := measure(args.name)) is not None:
-        print("RESULT " + json.dumps(found))
+    else:
+        try:
+            found = measure(args.name)
+        except BaseException:
+            print("ERROR " + json.dumps(traceback.format_exc()), flush=True)
+            raise
+        if found is not None:
+            print("RESULT " + json.dumps(found))
 
 
 if __name__ == "__main__":

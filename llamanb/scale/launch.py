@@ -14,6 +14,7 @@ from pathlib import Path
 from llamanb.errors import LlamanbError, RecipeError
 from llamanb.recipe import Recipe
 from llamanb.run import Run, newest_folder
+from llamanb.scale.launched import ENDED
 
 ENDS_S = 60.0
 """For the ranks to end by themselves after an interrupt."""
@@ -72,8 +73,10 @@ def command(
 
 
 def _why(said: list[str]) -> str:
-    """What the first rank that ended by an error of ours said; else the last line before torchrun's summary."""
-    begins = next((n for n, line in enumerate(said) if re.match(r"rank \d+: ", line)), None)
+    """What the first rank to end by itself said, or that another has ended; else the last line before torchrun's
+    summary."""
+    errors = [number for number, line in enumerate(said) if re.match(r"rank \d+: ", line)]
+    begins = min(errors, key=lambda number: (ENDED in said[number], number), default=None)
     if begins is not None:
         return "\n".join(said[begins : begins + 3])
     before = itertools.takewhile(lambda line: "torch.distributed.elastic" not in line, said)

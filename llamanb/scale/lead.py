@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 from llamanb.card import Card
 from llamanb.data import load_data
 from llamanb.errors import UNREADABLE, GpuError, LlamanbError, RecipeError
+from llamanb.nvml import first_line
 from llamanb.planner import plan
 from llamanb.quiet import quiet_libraries
 from llamanb.ranks import ALONE, Ranks
 from llamanb.recipe import Recipe
+from llamanb.scale.launched import launched
 from llamanb.training import train
 
 UNEVEN = 0.1
@@ -28,36 +31,42 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on also with other steps or epochs")
     parser.add_argument("--new", action="store_true", help="begin a new run, even where one could go on")
     args = parser.parse_args(arguments)
-
-    with quiet_libraries():
-        return _trained(args)
-
-
-def _trained(args: argparse.Namespace) -> int:
-    from llamanb.scale.peers import Peers  # bitsandbytes speaks as soon as it is imported
-
-    ranks = ALONE
+    ranks, number, count = ALONE, 0, 1
     try:
-        ranks = Peers.launched()
+        number, count = launched()
         recipe = _recipe(args.recipe)
-        if ranks.count == 1:
-            _lead(recipe, args, ranks, [Card.here()])
-            return 0
-        ranks.join()
-        cards = ranks.all_of((Card.here(), ranks.host))
-        if ranks.number:
-            from llamanb.scale.follow import follow
+        with quiet_libraries():
+            if count == 1:
+                _lead(recipe, args, ranks, [Card.here()])
+                return 0
+            from llamanb.scale.peers import Peers
 
-            follow(ranks)
-        else:
-            require_even(cards)
-            _lead(recipe, args, ranks, [card for card, _ in cards])
-        ranks.leave()
+            ranks = Peers(number, count)
+            ranks.join()
+            _together(ranks, recipe, args)
+            ranks.leave()
     except LlamanbError as error:  # the launcher ends the other ranks
-        if not ranks.number or ranks.joined:
-            print(f"rank {ranks.number}: {error}" if ranks.count > 1 else error, file=sys.stderr, flush=True)
+        if not number or ranks.joined:
+            print(f"rank {number}: {error}" if count > 1 else error, file=sys.stderr, flush=True)
         return 1
+    except Exception as error:
+        if count > 1:  # after its traceback, in one line that `launch` finds
+            traceback.print_exc()
+            print(f"rank {number}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+            return 1
+        raise
     return 0
+
+
+def _together(ranks: Ranks, recipe: Recipe, args: argparse.Namespace) -> None:
+    cards = ranks.all_of((Card.here(), ranks.host))
+    if ranks.number:
+        from llamanb.scale.follow import follow
+
+        follow(ranks)
+    else:
+        require_even(cards)
+        _lead(recipe, args, ranks, [card for card, _ in cards])
 
 
 def require_even(cards: list[tuple[Card, str]]) -> None:

@@ -15,9 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
+from llamanb.attempts import is_out_of_memory
 from llamanb.errors import GpuError
 from llamanb.layout import GIB
+from llamanb.nvml import first_line
 from llamanb.ranks import Ranks
+from llamanb.scale.launched import ENDED, LAUNCHER, VISIBLE
 from llamanb.timeline import Timeline
 
 BUCKET = 4 * 2**20
@@ -28,53 +31,26 @@ STEP_PATIENCE = timedelta(minutes=30)
 """For a step's gradients: a share that ran out of memory is computed again."""
 SERVE = "serve"
 """Rank 0's word that it computes alone, and needs the others' parts of the layers."""
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
-"""Variables that torchrun and accelerate launch set."""
-ACCELERATE = "ACCELERATE_"
-"""How those begin with which accelerate launch gives the Trainer another precision, compiler or sharding."""
+
+
+class RankEnded(GpuError):
+    """Another rank has ended, and with it the training; what it said is the cause."""
 
 
 class Peers(Ranks):
-    """One of several.
+    """One of several: number `number` of `count`; 0 leads."""
 
-    Args:
-        number: of this process among all; 0 leads.
-        count: of processes.
-        local: number of this process among those of its machine, which is its GPU's.
-    """
-
-    def __init__(self, number: int, count: int, local: int):
-        self.number, self.count, self.local = number, count, local
+    def __init__(self, number: int, count: int):
+        self.number, self.count = number, count
         self.host, self.joined = platform.node(), False
         self._words: dist.ProcessGroup | None = None
 
-    @classmethod
-    def launched(cls) -> Ranks:
-        """This process as torchrun or accelerate launched it, or alone. To be called before torch sees a GPU: of those
-        here it will see its own only.
-
-        The launcher's variables leave the environment, so that transformers takes this for a training of its own: else
-        it would cut up the data, wrap the model and count steps in its own way, or compute in another precision.
-
-        Raises GpuError where accelerate launched a single process of several that were asked for.
-        """
-        told = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(ACCELERATE)}
-        if told and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-            why = "with --cpu, or configured for one GPU, accelerate launch starts one process whatever --num_processes"
-            fix = "accelerate launch --multi_gpu --num_processes 2 ..., also without a GPU; or torchrun"
-            raise GpuError("one process was launched where several were asked for", why, fix)
-        count = int(os.environ.get("WORLD_SIZE", 1))
-        if count == 1:
-            return Ranks()
-        found = cls(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", 0)))
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        own = str(found.local) if visible is None else "".join(visible.split(",")[found.local : found.local + 1])
-        os.environ["CUDA_VISIBLE_DEVICES"] = own
-        return found
-
     def join(self) -> None:
-        """Meets the others. Raises GpuError where they cannot meet."""
-        gpu = os.environ["CUDA_VISIBLE_DEVICES"] != "" and torch.cuda.is_available()
+        """Meets the others. The launcher's variables leave the environment, so that transformers takes this for a
+        training of its own: else it would cut up the data, wrap the model and count steps in its own way.
+
+        Raises GpuError where they cannot meet, or where two of them see the same GPU."""
+        gpu = os.environ[VISIBLE] != "" and torch.cuda.is_available()
         if gpu and not dist.is_nccl_available():
             fix = (
                 "install torch from its own index: pip install torch --index-url https://download.pytorch.org/whl/cu130"
@@ -93,22 +69,37 @@ class Peers(Ranks):
         self.joined = True
         for name in LAUNCHER:
             os.environ.pop(name, None)
+        require_own_gpus(self.all_of((self.host, str(torch.cuda.get_device_properties(0).uuid)) if gpu else None))
 
     def leave(self) -> None:
         dist.destroy_process_group()
 
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Around what needs all ranks. Raises RankEnded where another one has."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo's, NCCL's and the store's are all of that kind
+            if is_out_of_memory(error):
+                raise
+            fix = "see what it said, and run this again: it goes on from the newest checkpoint"
+            raise RankEnded(f"another of the {self.count} {ENDED}", first_line(error), fix) from None
+
     def tell(self, what: Any) -> None:
-        dist.broadcast_object_list([what], src=0, group=self._words)
+        with self.meeting():
+            dist.broadcast_object_list([what], src=0, group=self._words)
 
     def told(self) -> Any:
         """What rank 0 tells, as soon as it does."""
         said = [None]
-        dist.broadcast_object_list(said, src=0, group=self._words)
+        with self.meeting():
+            dist.broadcast_object_list(said, src=0, group=self._words)
         return said[0]
 
     def all_of(self, what: Any) -> list:
         said = [None] * self.count
-        dist.all_gather_object(said, what, group=self._words)
+        with self.meeting():
+            dist.all_gather_object(said, what, group=self._words)
         return said
 
     def watchers(self, timeline=None) -> list:
@@ -153,8 +144,20 @@ class Peers(Ranks):
                     parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
         total = torch.as_tensor(total, dtype=torch.float32, device=gradients[0].device).reshape(1)
-        _add_up([*gradients, total])
+        with self.meeting():
+            _add_up([*gradients, total])
         return total[0]
+
+
+def require_own_gpus(seen: Sequence[tuple[str, str] | None]) -> None:
+    """Raises GpuError where two ranks see one GPU. Each rank's machine and first GPU's UUID; None: it uses none."""
+    first: dict = {}
+    for number, gpu in enumerate(seen):
+        other = first.setdefault(gpu, number) if gpu else number
+        if other != number:
+            why = "the processes had asked the driver for GPUs before each was given its own"
+            fix = "launch it as `python -m llamanb`; in a script of yours call llamanb.scale.launched.launched() first"
+            raise GpuError(f"ranks {other} and {number} both use one GPU of {gpu[0]}", why, fix)
 
 
 class Together(TrainerCallback):

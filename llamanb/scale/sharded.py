@@ -51,9 +51,9 @@ class ShardedLayers(StreamedLayers):
             self.ranks.tell(number)
         super()._fetch(number, coming)
 
-    @staticmethod
-    def _copy(buffer: torch.Tensor, memory: torch.Tensor) -> None:
-        dist.all_gather_into_tensor(buffer, memory)
+    def _copy(self, buffer: torch.Tensor, memory: torch.Tensor) -> None:
+        with self.ranks.meeting():
+            dist.all_gather_into_tensor(buffer, memory)
 
     @contextlib.contextmanager
     def passes(self, count: int) -> Iterator[Callable[[], None]]:

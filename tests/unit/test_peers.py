@@ -18,8 +18,9 @@ from llamanb.planner import workload_of
 from llamanb.ranks import ALONE
 from llamanb.scale import peers
 from llamanb.scale.launch import _why
+from llamanb.scale.launched import launched
 from llamanb.scale.lead import require_even
-from llamanb.scale.peers import Peers, _buckets
+from llamanb.scale.peers import Peers, _buckets, require_own_gpus
 from llamanb.tape import streamed_bytes
 from llamanb.tiny import DEFAULTS
 from llamanb.training.recovery import smaller
@@ -31,7 +32,7 @@ EIGHT = "meta-llama/Llama-3.1-8B-Instruct"
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("lengths", [[5], [3, 900, 4, 5, 6, 7], [10] * 8, list(range(1, 30))])
 def test_each_row_is_one_ranks_and_tokens_are_even(count, lengths):
-    shares = [Peers(number, count, number).share(lengths) for number in range(count)]
+    shares = [Peers(number, count).share(lengths) for number in range(count)]
     assert sorted(row for share in shares for row in share) == list(range(len(lengths)))
     assert all(share == sorted(share) for share in shares)
     tokens = [sum(lengths[row] for row in share) for share in shares]
@@ -50,7 +51,7 @@ def test_each_rank_draws_numbers_of_its_own_and_the_order_of_rows_stays_alike():
     torch.manual_seed(5)
     drawn = []
     for number, step in ((0, 7), (1, 7), (0, 8), (0, 7)):
-        with Peers(number, 2, number).drawing(1, step):
+        with Peers(number, 2).drawing(1, step):
             drawn.append(torch.rand(3).tolist())
     assert drawn[0] == drawn[3]
     assert drawn[0] != drawn[1]
@@ -71,27 +72,94 @@ def test_a_launched_process_sees_its_own_gpu_only(monkeypatch):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    found = Peers.launched()
-    assert (found.number, found.count, found.local) == (3, 4, 1)
+    assert launched() == (3, 4)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
-    Peers.launched()
+    launched()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "more processes than cards"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    Peers.launched()
+    launched()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    Peers.launched()
+    launched()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "none was to be used"
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert Peers.launched().count == 1
+    assert launched() == (0, 1)
+
+
+def test_each_has_its_gpu_before_anything_can_ask_for_one(tmp_path):
+    """torch is imported later than the variable is set: a process keeps the GPUs that it saw first."""
+    code = """
+import os, sys
+from llamanb.scale import lead
+
+class Look:
+    def find_spec(self, name, *more):
+        if name in ("torch", "transformers", "bitsandbytes", "pynvml"):
+            sys.exit(f"{name} comes with {os.environ['CUDA_VISIBLE_DEVICES']}")
+
+assert "torch" not in sys.modules
+sys.meta_path.insert(0, Look())
+lead.main([sys.argv[1]])
+"""
+    path = tmp_path / "recipe.json"
+    path.write_text(Recipe(**DEFAULTS).to_json())
+    launcher = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "5,7"}
+    done = subprocess.run([sys.executable, "-c", code, path], env=os.environ | launcher, capture_output=True, text=True)
+    assert "comes with 7" in done.stderr, done.stderr
+
+
+MEETING = """
+import os, sys
+from llamanb.scale.launched import launched
+number, count = launched()
+from llamanb.scale.peers import Peers
+ranks = Peers(number, count)
+ranks.join()
+ranks.all_of(None)
+if number:
+    os._exit(9)
+import torch
+weight = torch.nn.Parameter(torch.ones(3))
+weight.grad = torch.ones(3)
+try:
+    {"words": lambda: [ranks.told(), ranks.all_of(1)], "sums": lambda: ranks.summed(1, [weight])}[sys.argv[1]]()
+except RuntimeError as error:
+    print(f"torch's own: {error}")
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["words", "sums"])
+def test_the_end_of_another_rank_is_an_error_of_ours(tmp_path, what):
+    path = tmp_path / "meeting.py"
+    path.write_text(MEETING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    environment = [os.environ | place | {"RANK": str(rank), "PYTHONPATH": str(ROOT)} for rank in range(2)]
+    command = [sys.executable, str(path), what]
+    other = subprocess.Popen(command, env=environment[1], cwd=tmp_path)
+    done = subprocess.run(command, env=environment[0], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert other.wait(60) == 9
+    assert "RankEnded: another of the 2 ranks has ended" in done.stdout, done.stdout + done.stderr
+
+
+def test_two_ranks_on_one_gpu_are_refused():
+    require_own_gpus([("a", "1"), ("a", "2"), ("b", "1")])
+    require_own_gpus([None, None])
+    with pytest.raises(GpuError, match="ranks 1 and 2 both use one GPU of a"):
+        require_own_gpus([("b", "2"), ("a", "2"), ("a", "2")])
 
 
 def test_what_accelerate_tells_the_trainer_is_not_heard(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for name in ("WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert Peers.launched().count == 1
+    assert launched() == (0, 1)
     assert "ACCELERATE_MIXED_PRECISION" not in os.environ
 
 
@@ -99,10 +167,10 @@ def test_one_process_where_several_were_asked_for_is_refused(monkeypatch):
     """accelerate launch --cpu --num_processes 2 sets an address to meet at, and starts one process."""
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert Peers.launched().count == 1, "not accelerate's"
+    assert launched() == (0, 1), "not accelerate's"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     with pytest.raises(GpuError, match="one process was launched"):
-        Peers.launched()
+        launched()
 
 
 def test_cards_that_are_not_alike_are_refused():
@@ -120,7 +188,7 @@ def test_a_torch_without_nccl_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(GpuError, match="without NCCL"):
-        Peers(0, 2, 0).join()
+        Peers(0, 2).join()
 
 
 def test_a_port_in_use_is_one_clear_error(tmp_path):
@@ -165,6 +233,11 @@ def test_the_reason_is_found_in_what_was_printed():
     torchrun = ["E1121 torch.distributed.elastic failed", "Root Cause", "exitcode: 1"]
     ours = ["step 1", "rank 0: no rows", "  why: empty", "  fix: more", *torchrun]
     assert _why(ours).splitlines() == ours[1:4]
+    ended = ["rank 0: another of the 2 ranks has ended", "  why: closed", "  fix: see"]
+    assert _why([*ended, "rank 1: ValueError: odd", *torchrun])[:23] == "rank 1: ValueError: odd", (
+        "the cause, if any is told"
+    )
+    assert _why([*ended, *torchrun]).splitlines() == ended
     assert _why(["Traceback", "ValueError: odd", *torchrun]) == "ValueError: odd"
     assert _why(torchrun) == "a rank ended without a word"
 
