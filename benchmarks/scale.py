@@ -37,7 +37,7 @@ ROWS: dict[str, dict] = {
     "1b-2048": {"model": "meta-llama/Llama-3.2-1B-Instruct", "length": 2048, "batch": 16, "micro": 4},
 }
 """`card`: each GPU is held to it, to `free_gib` of it where that is said; a model that has no room there is shared."""
-STEPS, WARM = 10, 2
+STEPS, WARM = 8, 2
 SIZES_MIB = (1, 16, 64, 256)
 """Of single sums of gradients, for the page on where data parallel stops paying."""
 
@@ -89,7 +89,10 @@ def measure(name: str) -> dict | None:
         trainer.train()
     step_s = statistics.median(later - earlier for earlier, later in zip(ends[WARM:-1], ends[WARM + 1 :], strict=True))
     adding_s = _adding_s(ranks, model)
-    said = ranks.all_of({"reserved": instants.reserved / GIB, "loss": [round(x, 5) for x in _losses(trainer)]})
+    free, total = torch.cuda.mem_get_info()
+    beside = (total - free - torch.cuda.memory_reserved()) / GIB  # the context, kernels, and what NCCL takes
+    losses = [round(x, 5) for x in _losses(trainer)]
+    said = ranks.all_of({"reserved": instants.reserved / GIB, "beside_torch": beside, "loss": losses})
     found = {
         "row": name,
         "cards": ranks.count,

@@ -15,6 +15,7 @@ def break_it() -> None:
     import torch
 
     from llamanb.model.streamed import StreamedLayers
+    from llamanb.training.saves import IN_A_ROW
     from llamanb.training.step import StepTrainer
 
     summed, computed, visit = StepTrainer._summed, StepTrainer.compute_loss, StreamedLayers.visit
@@ -29,7 +30,12 @@ def break_it() -> None:
     def sum_up(self, *arguments):
         now[0] = self.state.global_step + 1 == STEP
         total = summed(self, *arguments)
-        return total * float("nan") if FAULT == "not a number" and first_time() else total
+        if FAULT == "not a number" and first_time():
+            return total * float("nan")
+        if FAULT == "not a number for long" and self.state.global_step + 1 >= STEP and len(seen) < IN_A_ROW:
+            seen.append(FAULT)
+            return total * float("nan")
+        return total
 
     def compute(self, *arguments, **more):
         if FAULT == "killed" and first_time():

@@ -16,6 +16,9 @@ from llamanb.run import Run
 from llamanb.scale import launch as launching
 from llamanb.scale.launch import LaunchError, command, launch
 from llamanb.tiny import DEFAULTS
+from llamanb.training.saves import IN_A_ROW
+from llamanb.training.step import StepTrainer
+from tests import rank_process
 from tests.conftest import ROOT
 
 CPU = Card("CPU", None)
@@ -111,6 +114,28 @@ def test_memory_that_runs_out_on_one_rank_changes_no_number(alone, tmp_path):
     assert process.returncode == 0, said
     assert "out of memory at step 5" in said
     assert Run.open(tmp_path / "run").losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_numbers_that_stay_not_finite_on_one_rank_take_all_back_to_a_checkpoint(tmp_path, monkeypatch):
+    """With half the learning rate, as one process does it."""
+    fault, few = "not a number for long", recipe(steps=12)
+    process = started(tmp_path, fault, steps=12)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    two = Run.open(tmp_path / "run")
+    summed, bad = StepTrainer._summed, iter(range(IN_A_ROW))
+
+    def sum_up(self, *arguments):
+        spoilt = self.state.global_step + 1 >= rank_process.STEP and next(bad, None) is not None
+        return summed(self, *arguments) * (float("nan") if spoilt else 1)
+
+    monkeypatch.setattr(StepTrainer, "_summed", sum_up)
+    one = train(plan(few, CPU), runs=tmp_path, name="one")
+    assert two.timeline.returns == one.timeline.returns == [[9, 2]]
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    rates = [[step.learning_rate for step in run.timeline.steps] for run in (two, one)]
+    assert rates[0] == pytest.approx(rates[1])
 
 
 @pytest.mark.slow
