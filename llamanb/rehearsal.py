@@ -55,14 +55,17 @@ def rehearse(plan: Plan) -> Plan:
 
     Raises:
         GpuError: there is no GPU, or one of another capability or size than the plan's.
+        RecipeError: only some of the plan's layers are streamed: trials stream all of theirs or none.
         DoesNotFitError: the trials show that the plan does not fit, however its layers are laid out.
     """
     card = plan.card
     if not card.is_gpu:
         raise GpuError("nothing to rehearse", "the plan is for a CPU, and predicts no memory", "plan for a GPU")
-    if plan.streamed:
-        why, fix = "trials hold all of their layers on the card", "train: the first steps show what they take"
-        raise RecipeError("a plan that streams weights cannot be rehearsed", why, fix)
+    if plan.streamed and len(plan.streamed) < len(plan.layers):
+        why = f"of {len(plan.layers)} layers {len(plan.streamed)} are, and trials have a few, streamed or not"
+        raise RecipeError(
+            "a plan that streams some layers cannot be rehearsed", why, "train: the first steps show what they take"
+        )
     _require_gpu(card)
     shape = architecture(plan.recipe.model, plan.recipe.revision)
     work = workload_of(plan, shape)
@@ -114,9 +117,15 @@ def _small_layouts(plan: Plan, work: Workload) -> list[tuple[str, ...]]:
 
 
 def _fits(plan: Plan, work: Workload, layers: tuple[str, ...]) -> bool:
-    small = work.replace(model=replace(work.model, layers=len(layers)), layers=layers)
+    small = _with_layers(work, layers)
     room = plan.card.free_gib * (1 - MARGIN_REHEARSED) if plan.limit_gib is None else plan.limit_gib
     return predict(small).reserved <= room * GIB
+
+
+def _with_layers(work: Workload, layers: tuple[str, ...]) -> Workload:
+    """The same with these layers alone, streamed where the others are."""
+    streamed = len(layers) if work.streamed else 0
+    return work.replace(model=replace(work.model, layers=len(layers)), layers=layers, streamed=streamed)
 
 
 def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...], enough_s: float) -> _Trial:
@@ -136,7 +145,8 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...], enough_s: flo
         micro_batch_size=plan.micro_batch_size,
         stop_after_min=None,
     )
-    small = plan.replace(recipe=recipe, layers=layers, accumulation=accumulation)
+    streamed = tuple(range(len(layers))) if plan.streamed else ()
+    small = plan.replace(recipe=recipe, layers=layers, streamed=streamed, accumulation=accumulation)
     tokenizer = _tokenizer()
     rows = random_rows(shape.vocabulary, plan.length, plan.micro_batch_size, STEPS * recipe.effective_batch_size)
     data = TrainingData("random rows", "token ids", tokenizer, rows, [], [], [])
@@ -209,7 +219,7 @@ def _corrected(plan: Plan, work: Workload, trials: list[_Trial], basis: str = ""
     made = plan.replace(
         layers=work.layers,
         memory=_memory(work, trials),
-        time=_time(work, trials, plan.accumulation),
+        time=_time(work, trials, plan.accumulation, plan.time.stall_s if plan.time else 0.0),
         limit_gib=limit / GIB,
         reasons={**plan.reasons, "layers": why},
         alternatives=(),  # they were predicted, and not rehearsed
@@ -247,9 +257,7 @@ def _memory(work: Workload, trials: list[_Trial]) -> Memory:
 
 
 def _small(work: Workload, trial: _Trial) -> Workload:
-    accumulation = min(work.accumulation, 2)
-    model = replace(work.model, layers=len(trial.layers))
-    return work.replace(model=model, layers=trial.layers, accumulation=accumulation)
+    return _with_layers(work, trial.layers).replace(accumulation=min(work.accumulation, 2))
 
 
 def _missed(trial: _Trial, memory: Memory) -> dict[str, int]:
@@ -261,9 +269,10 @@ def _first_difference(few: tuple[str, ...], more: tuple[str, ...]) -> int:
     return next(i for i, (a, b) in enumerate(itertools.zip_longest(few, more)) if a != b)
 
 
-def _time(work: Workload, trials: list[_Trial], accumulation: int) -> StepTime:
-    """Time of a step: each layer of a kind costs what the trials with more of them took longer. A kind that no trial
-    had more of, for want of memory, costs as much more or less than the others as its arithmetic says."""
+def _time(work: Workload, trials: list[_Trial], accumulation: int, stall_s: float) -> StepTime:
+    """Time of a step, of which `stall_s` are predicted to go into waiting for weights: each layer of a kind costs what
+    the trials with more of them took longer. A kind that no trial had more of, for want of memory, costs as much more
+    or less than the others as its arithmetic says."""
     base, *more = trials
     micro, optimizer = base.micro_batch_s, base.optimizer_s
     costs: dict[str, tuple[float, float]] = {}
@@ -282,7 +291,7 @@ def _time(work: Workload, trials: list[_Trial], accumulation: int) -> StepTime:
     for kind, (of_micro, of_optimizer) in costs.items():
         left = work.layers.count(kind) - base.layers.count(kind)
         micro, optimizer = micro + of_micro * left, optimizer + of_optimizer * left
-    return StepTime(measured_s=accumulation * micro + optimizer)
+    return StepTime(measured_s=accumulation * micro + optimizer, stall_s=stall_s)
 
 
 def _alone(work: Workload, kind: str) -> Workload:

@@ -1,9 +1,6 @@
-"""Rehearsals without a GPU: what trials found is made up, and how it is carried to the plan's depth is checked; one
-real trial runs on the CPU."""
+"""Rehearsals without a GPU: what trials found is made up, and how it is carried to the plan's depth is checked. (Real
+trials on a CPU: test_trial.py.)"""
 
-import gc
-import math
-import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,18 +9,13 @@ import torch
 
 from llamanb import Card, Recipe, plan, rehearsal
 from llamanb.architecture import architecture
-from llamanb.data import TrainingData
-from llamanb.data.encode import IGNORE, load_tokenizer
-from llamanb.errors import GpuError
+from llamanb.errors import GpuError, RecipeError
 from llamanb.layout import GIB
 from llamanb.memory import SEEN, predict
-from llamanb.model import attach_adapters, load_model
 from llamanb.planner import MARGIN_REHEARSED, DoesNotFitError, search, workload_of
-from llamanb.rehearsal import _Trial, random_rows, rehearse
+from llamanb.rehearsal import _Trial, rehearse
 from llamanb.search import recomputed_steps, ways
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
-from llamanb.training.trainer import build_trainer, let_go
-from tests.unit.fake_gpu import Moment
 
 EIGHT, ONE = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
 CPU = Card("CPU", None)
@@ -51,8 +43,7 @@ def work_of(made):
 def trial(work, layers, *, constant=NOTHING, each=NOTHING, beyond=0, micro_s=0.1, optimizer_s=0.02):
     """What a run of `layers` would find if it took that much more than predicted: `constant` bytes by part, `each` by
     part and kind of layer (or as a number, whatever the kind), `beyond` of reserved memory; and its times."""
-    model = replace(work.model, layers=len(layers))
-    small = predict(work.replace(model=model, layers=layers, accumulation=min(work.accumulation, 2)))
+    small = predict(rehearsal._with_layers(work, layers).replace(accumulation=min(work.accumulation, 2)))
     peaks = {
         part: max(small.peaks.get(i, 0) for i in instants) + constant[part] + missed(each[part], layers)
         for part, instants in SEEN.items()
@@ -371,98 +362,23 @@ def test_another_gpu_than_the_plan_s_is_refused(gpu, name, capability, gib):
     assert "pretend" in caught.value.fix
 
 
+def test_a_plan_that_streams_is_tried_with_streamed_layers(gpu, monkeypatch):
+    made, _ = planned(rows=1)
+    made = made.replace(streamed=tuple(range(32)), time=replace(made.time, stall_s=1.5))
+    work = work_of(made)
+    gpu(gib=made.card.vram_gib)
+    monkeypatch.setattr(rehearsal, "_try", lambda plan, shape, layers, seconds: trial(work, layers))
+    again = rehearse(made)
+    assert again.streamed == made.streamed
+    assert again.time.stall_s == 1.5, "what goes into waiting is still predicted"
+    assert again.memory == predict(work_of(again)), "nothing was missed"
+    assert again.time.measured_s > 0
+    with pytest.raises(RecipeError, match="streams some layers"):
+        rehearse(made.replace(streamed=made.streamed[1:]))
+
+
 def test_a_pretended_card_is_rehearsed_on_whatever_is_there(gpu, monkeypatch):
     gpu("NVIDIA H200", (9, 0), 139.0)
     made, work = planned(ONE, checkpointing="all")
     monkeypatch.setattr(rehearsal, "_try", lambda plan, shape, layers, seconds: trial(work, layers))
     assert rehearse(made.replace(card=replace(made.card, name="pretend T4"))).memory == predict(work)
-
-
-def test_rows_are_full_and_need_a_mask():
-    rows = random_rows(100, 8, 4, 12)
-    assert [len(row.input_ids) for row in rows] == [8, 7, 7, 7, 8, 6, 6, 6, 8, 7, 7, 7]
-    for row in rows:
-        assert all(0 <= token < 100 for token in row.input_ids)
-        assert row.labels == [IGNORE, *row.input_ids[1:]]
-    assert random_rows(100, 8, 4, 12) == rows
-    assert {len(row.input_ids) for row in random_rows(100, 8, 1, 3)} == {8}
-
-
-@pytest.fixture
-def counters(monkeypatch):
-    """torch's counters of a GPU that holds 1000 bytes of others, at most 5000 allocated and 9000 reserved; the loss of
-    a micro-batch comes a second after the one before. Returns those moments."""
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *args: 1000)
-    peaks = {"allocated_bytes": 5000, "reserved_bytes": 9000}
-    stats = {name: {"all": {"peak": peak}} for name, peak in peaks.items()}
-    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda *args: stats)
-    for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
-    monkeypatch.setattr(rehearsal, "_make_workspaces", lambda torch: None)
-    moments = []
-
-    def now(gpu):
-        moments.append(Moment(len(moments)))
-        return moments[-1]
-
-    monkeypatch.setattr("llamanb.watch.instants._now", now)
-    return moments
-
-
-@pytest.mark.parametrize(
-    ("accumulation", "layers"), [(1, (CHECKPOINTED, STORED)), (4, (CHECKPOINTED, HALVED, STORED, STORED))]
-)
-def test_a_trial_trains_that_many_layers_and_leaves_nothing(mini, counters, monkeypatch, accumulation, layers):
-    from llamanb.training import trainer as module
-
-    made_trainers, build = [], module.build_trainer
-
-    def watched(plan, model, *rest):
-        trainer = build(plan, model, *rest)
-        layers = len(model.get_base_model().model.layers)
-        facts = (layers, trainer.args.max_steps, bool(trainer.fused))
-        made_trainers.append((facts, weakref.ref(model.get_input_embeddings().weight)))
-        return trainer
-
-    monkeypatch.setattr(module, "build_trainer", watched)
-    recipe = Recipe(
-        model=str(mini),
-        dataset="rows.jsonl",
-        max_length=16,
-        micro_batch_size=2,
-        effective_batch_size=2 * accumulation,
-        optimizer="adamw_8bit",
-        eval_rows=0,
-    )
-    shape = architecture(str(mini))
-    fused = HALVED in layers
-    found = rehearsal._try(plan(recipe, CPU).replace(fused=fused), shape, layers, math.inf)
-    [(facts, embedding)] = made_trainers
-    assert facts == (len(layers), rehearsal.STEPS, fused)
-    assert len(counters) == rehearsal.STEPS * min(accumulation, 2), "a loss for each micro-batch"
-    assert embedding() is None, "the model is gone"
-    assert found.layers == layers
-    assert found.peaks == dict.fromkeys(SEEN, 4000), "what others hold is not the trial's"
-    assert found.reserved == 8000
-    assert (found.micro_batch_s, found.optimizer_s) == (1.0, 0.0)
-
-
-def test_letting_go_frees_the_embedding(mini, tmp_path):
-    """The Trainer registers embeddings with bitsandbytes' manager of 8-bit optimizers, which lives on."""
-    from bitsandbytes.optim import GlobalOptimManager
-
-    rows = {"max_length": 16, "micro_batch_size": 2, "effective_batch_size": 2, "eval_rows": 0}
-    recipe = Recipe(model=str(mini), dataset="rows.jsonl", steps=1, optimizer="adamw_8bit", **rows)
-    made, tokenizer = plan(recipe, CPU), load_tokenizer(mini)
-    model = attach_adapters(load_model(made, tokenizer), recipe)
-    data = TrainingData("random", "token ids", tokenizer, random_rows(len(tokenizer), 16, 2, 2), [], [], [])
-    trainer = build_trainer(made, model, data, tmp_path, [])
-    trainer.train()
-    embedding = weakref.ref(model.get_input_embeddings().weight)
-    del model, trainer
-    gc.collect()
-    assert embedding() is not None, "else let_go is no longer needed"
-    let_go()
-    gc.collect()
-    assert embedding() is None
-    assert GlobalOptimManager.get_instance().module_weight_config_triple == []
