@@ -43,7 +43,7 @@ def test_every_kernel_is_the_same_in_the_interpreter_as_in_plain_pytorch():
     assert "skipped" not in done.stdout
 
 
-def launches(monkeypatch, dtype):
+def launches(monkeypatch, dtype, tokens=TOKENS):
     """What each kernel is launched with, by name: (arguments by name, options). All tensors are of 3B's shape, and
     without memory."""
     found = {}
@@ -74,8 +74,8 @@ def launches(monkeypatch, dtype):
         state.offset = given(dtype=torch.float32)
         return given(bytes_, 1, dtype=torch.uint8), state
 
-    x, wide = given(TOKENS, HIDDEN), given(TOKENS, WIDE)
-    heads, angles = given(TOKENS, HEADS, HEAD_SIZE), given(TOKENS, HEAD_SIZE)
+    x, wide = given(tokens, HIDDEN), given(tokens, WIDE)
+    heads, angles = given(tokens, HEADS, HEAD_SIZE), given(tokens, HEAD_SIZE)
     calls = {
         kernels.dequantize: [packed(False), packed(True)],
         kernels.rms_norm: [(x, given(HIDDEN), 1e-5)],
@@ -83,7 +83,7 @@ def launches(monkeypatch, dtype):
         kernels.swiglu: [(wide, wide)],
         kernels.swiglu_backward: [(wide, wide, wide)],
         kernels.rotate: [(heads, angles, angles, 1), (heads, angles, angles, -1)],
-        kernels.cross_entropy_: [(given(TOKENS, VOCABULARY), given(TOKENS, dtype=torch.int64))],
+        kernels.cross_entropy_: [(given(tokens, VOCABULARY), given(tokens, dtype=torch.int64))],
     }
     for function, every in calls.items():
         for arguments in every:
@@ -121,6 +121,22 @@ def test_every_kernel_compiles_for_every_card(monkeypatch, tmp_path, capability,
             assert f".target sm_{capability}" in made.asm["ptx"]
             assert made.metadata.shared <= 48 * 1024, "what every card has for each program without asking"
             assert " mma" not in made.asm["ptx"], "no matrix products: a T4 has no tl.dot"
+
+
+def test_nothing_is_compiled_again_for_another_number_of_tokens(monkeypatch):
+    """Rows are packed, so each micro-batch has its own. What a kernel is compiled for is told by `source`."""
+
+    def compiled_for(tokens):
+        found = launches(monkeypatch, torch.float16, tokens)
+        made = {name: [source(JITTED[name], arguments) for arguments, _ in every] for name, every in found.items()}
+        options = {name: [more for _, more in every] for name, every in found.items()}
+        return {
+            name: [(one.signature, one.constants, one.attrs) for one in every] for name, every in made.items()
+        }, options
+
+    warm = compiled_for(TOKENS)
+    for tokens in (1, 2, 3, 15, 16, 17, 31, 255, 511, 513, 2047, 4096):
+        assert compiled_for(tokens) == warm, tokens
 
 
 def test_kernels_are_named_like_their_plain_forms():
