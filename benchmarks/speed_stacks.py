@@ -290,9 +290,9 @@ class Unsloth:
         )
         self.model = FastLanguageModel.get_peft_model(
             model,
-            r=RANK,
+            r=self.settings.get("rank", RANK),
             target_modules=LINEAR,
-            lora_alpha=RANK,
+            lora_alpha=self.settings.get("rank", RANK),
             lora_dropout=0,
             bias="none",
             use_gradient_checkpointing=checkpointing,

@@ -1,0 +1,55 @@
+"""The benchmark of the longest row, as far as it goes without a GPU: which lengths it tries, and what it says."""
+
+import pytest
+
+from benchmarks.longest import MODEL, MOST, RANK, STEP, look, planned_longest, report
+from benchmarks.speed_rows import MODELS
+from llamanb import Recipe, plan
+
+
+@pytest.mark.parametrize("limit", [900, 1024, 30_000, 60_415, 60_416, 61_440, 100_000, 131_072])
+@pytest.mark.parametrize("begin", [8192, 40_960, 60_416, 131_072])
+def test_tries_end_with_the_longest_that_trains_beside_the_shortest_that_does_not(limit, begin):
+    tried = {}
+
+    def trains(length):
+        assert length not in tried
+        assert length % STEP == 0
+        tried[length] = length <= limit
+        return tried[length]
+
+    look(begin, trains)
+    good = max((length for length, outcome in tried.items() if outcome), default=0)
+    bad = min((length for length, outcome in tried.items() if not outcome), default=MOST + STEP)
+    assert good <= limit < bad
+    assert bad - good == STEP
+    assert len(tried) < 30
+
+
+def test_tries_end_where_there_is_no_time():
+    said = iter([True, None])
+    look(1024, lambda length: next(said))
+    assert next(said, "no more") == "no more"
+
+
+def test_the_longest_planned_fits_and_the_next_does_not():
+    recipe = Recipe(model=MODELS[MODEL], dataset="random", rank=RANK, effective_batch_size=1, eval_rows=0)
+    recipe = recipe.replace(weights="resident")
+    longest = planned_longest(recipe, "T4")
+    fits = [plan(recipe.replace(max_length=n), "T4", force=True).fits for n in (longest, longest + STEP)]
+    assert fits == [True, False]
+
+
+def test_the_report_says_what_trains():
+    memory = {"allocated_gib": 12.5, "reserved_gib": 13.0, "warm_s": 80.0}
+    lines = [
+        {"kind": "machine"},
+        {"kind": "try", "stack": "llamanb", "length": 59392, "status": "trains", **memory},
+        {"kind": "try", "stack": "unsloth", "length": 59392, "status": "out of memory", "why": "x"},
+        {"kind": "try", "stack": "unsloth", "length": 51200, "status": "trains", **memory},
+        {"kind": "try", "stack": "unsloth", "length": 55296, "status": "the time was over"},
+    ]
+    text = report(lines)
+    assert "| llamanb | 59,392 | trains | 12.50 | 13.00 | 80.00 |" in text
+    assert "llamanb: 59,392 train.\n" in text
+    assert "unsloth: 51,200 train, 59,392 run out of memory.\n" in text
