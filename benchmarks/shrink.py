@@ -1,7 +1,8 @@
 """Making a model smaller: the long grid on the tiny Llama, and what 1B and 8B take on a card of 16 GB.
 
     python -m benchmarks.shrink tiny OUT            (a CPU will do: under an hour; OUT/tiny.json, shrink.png)
-    python -m benchmarks.shrink gpu 1b|8b FOLDER    (a GPU; 8b: 60 GB of disk; FOLDER/SIZE.jsonl goes on where it was)
+    python -m benchmarks.shrink gpu 1b|8b FOLDER [CASE ...]    (a GPU; 8b: 60 GB of disk; FOLDER/SIZE.jsonl goes on
+                                                                where it was; without cases all of them, then train)
     python -m benchmarks.shrink report FOLDER
 
 `gpu` makes a checkpoint of random weights in the published shape and, each in a process of its own on a pretend T4
@@ -192,14 +193,14 @@ def markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
 
 
-def gpu(size: str, folder: Path) -> None:
-    """Every case that FOLDER/SIZE.jsonl does not have yet, each in a fresh process."""
+def gpu(size: str, folder: Path, cases: list[str]) -> None:
+    """Every case that FOLDER/SIZE.jsonl does not have yet, each in a fresh process; `train` needs `layers` before."""
     folder.mkdir(parents=True, exist_ok=True)
     base, results = folder / size, folder / f"{size}.jsonl"
     if not (base / "tokenizer.json").is_file():
         subprocess.run([sys.executable, "-m", "tests.checkpoints", size, str(base)], check=True)
     done = {json.loads(line)["case"] for line in results.read_text().splitlines()} if results.exists() else set()
-    for case in (case for case in [*CASES, "train"] if case not in done):
+    for case in (case for case in cases or [*CASES, "train"] if case not in done):
         command = [sys.executable, "-m", "benchmarks.shrink", "case", size, str(folder), case]
         ran = subprocess.run(command, capture_output=True, text=True)
         said = next((line[7:] for line in ran.stdout.splitlines() if line.startswith("RESULT ")), None)
@@ -281,7 +282,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["tiny"]:
         tiny(Path(sys.argv[2]).absolute())
     elif sys.argv[1:2] == ["gpu"]:
-        gpu(sys.argv[2], Path(sys.argv[3]).absolute())
+        gpu(sys.argv[2], Path(sys.argv[3]).absolute(), sys.argv[4:])
     elif sys.argv[1:2] == ["case"]:
         print("RESULT", json.dumps(one_case(sys.argv[2], Path(sys.argv[3]), sys.argv[4])), flush=True)
     elif sys.argv[1:2] == ["report"]:

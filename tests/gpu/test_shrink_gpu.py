@@ -20,7 +20,7 @@ T4_GIB = 14.40
 
 @pytest.mark.timeout(1800)
 def test_each_way_fits_a_card_of_16_gb_and_what_is_left_trains_as_planned(tmp_path):
-    bench.gpu("1b", tmp_path)
+    bench.gpu("1b", tmp_path, [])
     found = {line.pop("case"): line for line in map(json.loads, (tmp_path / "1b.jsonl").read_text().splitlines())}
     assert found.keys() == {*bench.CASES, "train"}
     assert not [case for case, line in found.items() if "failed" in line], found
