@@ -27,6 +27,8 @@ def save_model(model: PreTrainedModel, tokenizer, plan: Plan, folder: Path) -> P
     """Writes `folder`/adapter (or `folder`/model after full fine-tuning) with tokenizer and model card; returns it."""
     recipe = plan.recipe
     target = folder / (ADAPTER if recipe.adapters else FULL)
+    target.mkdir(parents=True, exist_ok=True)
+    write_model_card(target, plan)  # for peft to add to, until ours is written again; for none it compiles one
     if recipe.adapters:
         model.save_pretrained(target, save_embedding_layers=False)  # "auto" would ask the Hub for the base's config
     else:  # back from the 32 bits it was trained in

@@ -66,12 +66,12 @@ def holds(checkpoint: Path) -> bool:
     try:
         with open_file(checkpoint / MANIFEST) as file:
             manifest = json.load(file)
-        there = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+        there = {path.name: path for path in checkpoint.iterdir() if path.name != MANIFEST}
         return (
             not checkpoint.is_symlink()
             and checkpoint.name == f"step-{manifest['step']:08d}"
-            and there == manifest["files"].keys()  # so no name that leads elsewhere
-            and all(facts(checkpoint / name) == manifest["files"][name] for name in there)
+            and there.keys() == manifest["files"].keys()
+            and all(facts(path) == manifest["files"][name] for name, path in there.items())
         )
     except UNREADABLE:
         return False

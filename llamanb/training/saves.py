@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
 from llamanb.attempts import attempt
@@ -76,11 +76,10 @@ class CheckpointedTrainer(StepTrainer):
         save_file({name: p.detach().contiguous() for name, p in self._trained()}, Path(output_dir) / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        path = Path(resume_from_checkpoint) / WEIGHTS
-        # From a file, safetensors (0.8) leaves 64 bytes a tensor behind; from memory, which adapters have room in, none
-        saved = load(path.read_bytes()) if self.plan.recipe.adapters else load_file(path)
-        for name, parameter in self._trained():
-            parameter.data.copy_(saved[name])
+        # From a mapped file, safetensors (0.8) leaves 64 bytes a tensor behind
+        with safe_open(Path(resume_from_checkpoint) / WEIGHTS, "pt", backend="pread") as saved:
+            for name, parameter in self._trained():
+                parameter.data.copy_(saved.get_tensor(name))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -12,10 +12,9 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import threading
 import time
-from itertools import cycle, pairwise, product
+from itertools import cycle, product
 from pkgutil import resolve_name
 
 import psutil
@@ -196,7 +195,7 @@ def test_pressed_at_any_moment(kernel, whole, number):
 
 def test_memory_stays_what_it_is(kernel, monkeypatch):
     """Cells that run out of memory and recover, are interrupted and go on, again and again in one kernel: what it holds
-    in memory at the end, against what it held after a warm-up, in which caches fill."""
+    in memory at most, against what it held after a warm-up, in which caches fill."""
     recipe = kernel.plan.recipe.replace(steps=3, dropout=0.0, learning_rate=1e-4, checkpoint_every_steps=1)
     plain, whole, held = plan(recipe, kernel.plan.card), {}, []
     plans = plain, plain.replace(fused=True, layers=(STORED,) * 4)
@@ -218,12 +217,9 @@ def test_memory_stays_what_it_is(kernel, monkeypatch):
         shutil.rmtree(run.folder)
         del run, lack
         held.append(resident_mib())
-    part = CYCLES // 10
-    tenths = [statistics.median(held[begin : begin + part]) for begin in range(WARM_UP, WARM_UP + CYCLES, part)]
-    leak = 10 * statistics.median(now - then for then, now in pairwise(tenths))
-    print(f"{CYCLES} cycles after {WARM_UP}: {held[WARM_UP]:.1f} to {held[-1]:.1f} MiB, {leak:.1f} in small steps")
-    assert leak < 0.01 * tenths[0], "what every cycle leaves behind"
-    assert tenths[-1] < 1.03 * tenths[0], "and what the allocators below Python take at once, now and then"
+    warm, after = held[WARM_UP - 1], held[WARM_UP:]
+    print(f"{CYCLES} cycles after {WARM_UP}: {warm:.1f} to {after[-1]:.1f} MiB, at most {max(after):.1f}")
+    assert max(after) < 1.01 * warm
 
 
 def resident_mib() -> float:
