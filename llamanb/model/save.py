@@ -27,7 +27,7 @@ def save_model(model: PreTrainedModel, tokenizer, plan: Plan, folder: Path) -> P
     """Writes `folder`/adapter (or `folder`/model after full fine-tuning) with tokenizer and model card; returns it."""
     recipe = plan.recipe
     target = folder / (ADAPTER if recipe.adapters else FULL)
-    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(target)
     write_model_card(target, plan)  # for peft to add to, until ours is written again; for none it compiles one
     if recipe.adapters:
         model.save_pretrained(target, save_embedding_layers=False)  # "auto" would ask the Hub for the base's config
@@ -38,7 +38,6 @@ def save_model(model: PreTrainedModel, tokenizer, plan: Plan, folder: Path) -> P
         config = target / "config.json"  # transformers writes what the model trains in
         fields = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(DTYPES[plan.dtype]).split(".")[1]}
         config.write_text(json.dumps(fields, indent=2), encoding="utf-8")
-    tokenizer.save_pretrained(target)
     write_model_card(target, plan)
     return target
 

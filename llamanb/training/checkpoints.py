@@ -66,12 +66,10 @@ def holds(checkpoint: Path) -> bool:
     try:
         with open_file(checkpoint / MANIFEST) as file:
             manifest = json.load(file)
-        there = {path.name: path for path in checkpoint.iterdir() if path.name != MANIFEST}
         return (
             not checkpoint.is_symlink()
             and checkpoint.name == f"step-{manifest['step']:08d}"
-            and there.keys() == manifest["files"].keys()
-            and all(facts(path) == manifest["files"][name] for name, path in there.items())
+            and manifest["files"] == {path.name: facts(path) for path in checkpoint.iterdir() if path.name != MANIFEST}
         )
     except UNREADABLE:
         return False
