@@ -171,8 +171,8 @@ def run(out: Path, names: list[str], counts: list[int]) -> None:
             command = [*torchrun, "-m", "benchmarks.scale", "one", name]
             done = subprocess.run(command, capture_output=True, text=True)
             found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            why = [line[6:] for line in done.stdout.splitlines() if line.startswith("ERROR ")]
-            error = {"row": name, "cards": cards, "error": why or done.stderr[-2000:]}
+            why = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("ERROR ")]
+            error = {"row": name, "cards": cards, "error": "".join(why[:1]) or (done.stdout + done.stderr)[-2000:]}
             line = json.loads(found[0]) if found else error
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -186,7 +186,10 @@ def report(paths: list[Path]) -> str:
     alone = {line["row"]: line["tokens_s"] for line in lines if line["cards"] == 1 and "error" not in line}
     for line in lines:
         if "error" in line:
-            text.append(f"| {line['row']} | {line['cards']} | failed: {str(line['error'])[-100:]} |" + " |" * 6)
+            text.append(
+                f"| {line['row']} | {line['cards']} | failed: {line['error'].strip().splitlines()[-1][:100]} |"
+                + " |" * 6
+            )
             continue
         times = f"{line['tokens_s'] / alone[line['row']]:.2f}" if line["row"] in alone else ""
         share = f"{line['adding_up_s'] / line['step_s']:.1%}" if line["cards"] > 1 else ""
