@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -13,7 +13,6 @@ from llamanb.card import Card
 from llamanb.cards import KNOWN
 from llamanb.html import Table
 from llamanb.layout import GIB, Plan
-from llamanb.machine import host_memory
 from llamanb.planner import DoesNotFitError, search, smallest_fits
 from llamanb.recipe import Recipe
 from llamanb.search import GAPS_GUESS
@@ -40,7 +39,7 @@ def does_not_fit(plan: Plan, model: Architecture, *, rehearsed: bool = False) ->
     what += f"{plan.limit_gib:.2f} to plan with"
     why = f"at the peak ({memory.instant}) {memory.allocated / GIB:.2f} GiB are in use, the largest part of it "
     why += f"{bucket}: {memory.buckets[bucket] / GIB:.2f} GiB"
-    why += streaming.too_little(recipe, card, len(plan.streamed), len(plan.layers))
+    why += streaming.too_little(recipe, card, len(plan.streamed), len(plan.on_disk), len(plan.layers))
     taken = card.vram_gib - card.free_gib - (card.context_gib or CONTEXT_GIB)
     if taken > TAKEN * card.vram_gib:
         why += f"; {taken:.2f} of the card's {card.vram_gib:.2f} GiB were taken before"
@@ -60,7 +59,7 @@ def changes_that_fit(recipe: Recipe, card: Card, model: Architecture) -> Table:
         made = attempt()
         if made is not None:
             if made.streamed:
-                costs += f"; {made.streamed_gib:.1f} GiB of weights wait in host memory"
+                costs += streaming.waits(made.streamed_gib, made.disk_gib)
             rows.append([change(made) if callable(change) else change, f"{made.needs_gib:.2f} GiB", costs])
     return Table(["change", "then it needs", "what it costs"], rows, "what would fit")
 
@@ -100,9 +99,8 @@ def _changes(recipe: Recipe, card: Card, model: Architecture) -> Iterable[tuple]
     if model.parameters > architecture(SMALLER[-1]).parameters:
         change = (lambda plan: f"model = {plan.recipe.model!r}"), "a smaller model"
         yield *change, lambda: _smaller_model(recipe, card, model)
-    if streaming.may_stream(recipe) and card.host_gib is not None:
-        change = (lambda plan: f"{math.ceil(plan.streamed_gib + streaming.HOST_GIB)} GiB of free host memory"), "money"
-        yield *change, lambda: fitting(recipe, replace(card, host_gib=None), model)
+    for change, costs, machine in streaming.machines(recipe, card):
+        yield change, costs, functools.partial(fitting, recipe, machine, model)
     yield (lambda plan: f"a larger card: {plan.card.name}"), "money", lambda: _smallest_card(recipe, card, model)
 
 
@@ -154,9 +152,7 @@ def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | No
 def trainable(card: Card | str | None = None) -> Table:
     """What a card can train: for each model and method the longest row, in tokens, with every layer recomputed; and
     where the weights have to wait in host memory for that, how much of it they take."""
-    if card is None:
-        card = replace(Card.here(), host_gib=min(host_memory()[1:]))
-    card = Card.known(card) if isinstance(card, str) else card
+    card = streaming.in_its_machine(card)
     headers = ["model", "parameters", *TABLE_METHODS]
     if not card.is_gpu:
         return Table(headers, [], 'a CPU: its memory is not planned for; trainable("T4") asks for a card')
@@ -168,7 +164,7 @@ def trainable(card: Card | str | None = None) -> Table:
     caption = f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB, less a margin): one row at a time, "
     caption += "every layer recomputed, rank 16 on all linear layers"
     if any("streamed" in cell for row in rows for cell in row):
-        caption += "; streamed: weights wait in host memory"
+        caption += "; streamed: weights wait in host memory, or on disk"
     return Table(headers, rows, caption)
 
 

@@ -134,6 +134,10 @@ class Card:
     """GB/s from pinned host memory to it."""
     host_gib: float | None = None
     """Free memory of the machine that it is in, for weights that are streamed; None: as much as it takes."""
+    disk_gib: float | None = None
+    """Of that machine's disk, for weights that its memory has no room for; None: as much as they take."""
+    disk_gbs: float | None = None
+    """GB/s that the disk reads, past its cache."""
     launch_us: float | None = None
     """Microseconds that Python and torch take to launch one operation."""
     pages: bool = True

@@ -111,7 +111,7 @@ def _answers(model, data: TrainingData) -> list[tuple[str, bool | None] | None]:
     texts = [i for i, example in enumerate(examples) if not example.messages][:CONTINUED]
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (streamed := getattr(core, "streamed", None)) and len(chats) > ROWS_AT_ONCE:
-        why = f"each word of an answer brings {streamed.size / 1e9:.3g} GB of weights to the card"
+        why = f"each word of an answer brings {streamed.brings}"
         print(f"answering {ROWS_AT_ONCE} of {len(chats)} held-out rows: {why}", flush=True)
         chats = chats[:ROWS_AT_ONCE]
     prompts = [render(tokenizer, e.messages[: _prompt_length(e)], e.tools, prompt=True) for e in _of(examples, chats)]

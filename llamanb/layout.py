@@ -73,6 +73,10 @@ class Plan:
     """Numbers of the layers whose weights wait in host memory."""
     streamed_gib: float = 0.0
     """Host memory that they take, with the token embedding where that waits there too."""
+    on_disk: tuple[int, ...] = ()
+    """Those of them that wait on disk instead, since host memory has no room for them."""
+    disk_gib: float = 0.0
+    """Of the disk that these take."""
     limit_gib: float | None = None
     """What of the card is planned with: `free_gib` less a margin."""
     steps: int | None = None
@@ -125,7 +129,9 @@ class Plan:
             why = "a copy has no room on each; each layer's parts are gathered before it is computed"
             chosen.append(("weights", f"of all layers in parts, shared by {self.shards} cards", why))
         elif self.streamed:
-            what = f"of {len(self.streamed)} of {len(self.layers)} layers in host memory: {self.streamed_gib:.1f} GiB"
+            held = len(self.streamed) - len(self.on_disk)
+            what = f"of {held} of {len(self.layers)} layers in host memory: {self.streamed_gib:.1f} GiB"
+            what += f"; of {len(self.on_disk)} on disk: {self.disk_gib:.1f} GiB" if self.on_disk else ""
             chosen.append(("weights", what, "weights"))
         rows = [(a, b, self.reasons.get(name, "")) for a, b, name in chosen]
         if self.memory:
@@ -206,7 +212,7 @@ class Plan:
         fields = json.loads(text)
         fields["recipe"] = Recipe.from_dict(fields["recipe"])
         fields["card"] = Card(**fields["card"])
-        fields |= {name: tuple(fields[name]) for name in ("layers", "streamed")}
+        fields |= {name: tuple(fields[name]) for name in ("layers", "streamed", "on_disk") if name in fields}
         fields["alternatives"] = tuple(Alternative(**one) for one in fields["alternatives"])
         for name, kind in (("memory", Memory), ("time", StepTime)):
             fields[name] = fields[name] and kind(**fields[name])

@@ -13,7 +13,6 @@ from llamanb.card import Card
 from llamanb.errors import LlamanbError, RecipeError
 from llamanb.html import Table
 from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
-from llamanb.machine import host_memory
 from llamanb.memory import outline
 from llamanb.recipe import Recipe
 from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest
@@ -64,8 +63,8 @@ def plan(
         card: a Card, the name of a known one ("T4"), or None: the GPU or CPU of this machine.
         data: what `load_data(recipe)` gave; the plan is then made for its longest row and counts its steps.
         force: return the plan that comes closest where none is predicted to fit, however long the rows.
-        host_gib: host memory that is free, for weights that are streamed, each card's own; None: this machine's where
-            the card is this machine's, and else as much as it takes.
+        host_gib: host memory that is free, for weights that are streamed; None: this machine's where the card is this
+            machine's, and else as much as it takes. What has no room there waits on disk, where nothing fits otherwise.
         cards: that share each step's rows, each with a copy of the model, or with a part of its weights where a copy
             does not fit; the plan is for one of them.
 
@@ -75,10 +74,7 @@ def plan(
         RecipeError: rows longer than the model's positions; more cards than rows in a step.
         ModelError: no such model, or one that is no Llama, or that the recipe's method cannot take here.
     """
-    if card is None and host_gib is None:
-        host_gib = min(host_memory()[1:])
-    card = Card.known(card) if isinstance(card, str) else card or Card.here()
-    card = card if host_gib is None else replace(card, host_gib=host_gib / max(cards, 1))
+    card = streaming.in_its_machine(card, host_gib, cards)
     model = architecture(recipe.model, recipe.revision)
     require_method(model, recipe, card.is_gpu)
     if _length(recipe, data) > model.max_positions and not force:
@@ -172,7 +168,7 @@ def search(
         length=length,
         streamed=spread(best.work.streamed, model.layers),
         shards=shards,
-        streamed_gib=streaming.waiting_bytes(best.work) / GIB,
+        **streaming.where_they_wait(best.work, card),
         limit_gib=limit / GIB,
         steps=steps_of(recipe, data),
         basis=_basis(recipe, rehearsed=not best.work.streamed),
@@ -193,7 +189,7 @@ def smallest_fits(recipe: Recipe, card: Card, model: Architecture, gaps: float =
     base = workload(
         recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length, fused=fused
     )
-    least = smallest(recipe, base, streaming.room_for(recipe, base, card))
+    least = smallest(recipe, base, streaming.rooms(recipe, base, card)[-1])
     return outline(least).allocated * (1 + gaps) <= _limit(recipe, card)
 
 

@@ -15,7 +15,7 @@ from llamanb.card import Card
 from llamanb.memory import Memory, outline, predict
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime, step_time
-from llamanb.streaming import counts_to_try, room_for
+from llamanb.streaming import counts_to_try, rooms
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
 
 GAPS_GUESS, GAPS_LEAST = 0.02, 96 * 2**20
@@ -45,13 +45,14 @@ class Candidate:
 
 def fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[Candidate, list[Candidate]]:
     """The layout to take, and the best of each other micro-batch, in `limit` bytes of the card. The first may exceed
-    them: then none fits. Where the recipe leaves it open, nothing is streamed as long as something fits without."""
-    room = room_for(recipe, base, card)
-    if room and recipe.weights == "auto" and outline(smallest(recipe, base)).allocated <= limit:
-        best, others = _fastest(recipe, card, base, limit, 0)
-        if best.memory.reserved <= limit:
-            return best, others
-    return _fastest(recipe, card, base, limit, room)
+    them: then none fits. Weights wait in host memory, or on disk, where nothing fits without that (rooms)."""
+    *least, most = rooms(recipe, base, card)
+    for room in least:
+        if outline(smallest(recipe, base, room)).allocated <= limit:
+            best, others = _fastest(recipe, card, base, limit, room)
+            if best.memory.reserved <= limit:
+                return best, others
+    return _fastest(recipe, card, base, limit, most)
 
 
 def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float, room: int) -> tuple[Candidate, list[Candidate]]:
@@ -62,13 +63,13 @@ def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float, room: int
     while fitting:  # gaps were guessed: replay the best, and take it if it still fits
         best = min(fitting, key=_cost)
         at = found.index(best)
-        found[at] = fitting[fitting.index(best)] = replayed = _replayed(best, card, limit, recipe)
+        found[at] = fitting[fitting.index(best)] = replayed = _replayed(best, card, limit, recipe, room)
         if replayed.memory.reserved <= limit and _cost(replayed) <= min(map(_cost, fitting)):
             return replayed, [one for one in found if one is not replayed]
         fitting = [one for one in fitting if one.memory.reserved <= limit]
     last = found[-1]
     if last.memory.allocated <= limit:  # the guess of gaps may have been too careful
-        last = _replayed(last, card, limit, recipe)
+        last = _replayed(last, card, limit, recipe, room)
         if last.memory.reserved <= limit:
             return last, found[:-1]
     least = smallest(recipe, base, room)
@@ -150,8 +151,9 @@ def _guess(work: Workload) -> Memory:
     return Memory(totals, found.peaks[max(totals, key=totals.get)], gap)
 
 
-def _replayed(candidate: Candidate, card: Card, limit: float, recipe: Recipe) -> Candidate:
-    """The candidate with its gaps replayed, and with as few layers recomputed as fit with them."""
+def _replayed(candidate: Candidate, card: Card, limit: float, recipe: Recipe, room: int) -> Candidate:
+    """The candidate with its gaps replayed, and with as few layers recomputed as fit with them; or one more streamed,
+    of `room` at most, where none do."""
     now = _candidate(candidate.work, card, predict(candidate.work))
     if recipe.checkpointing != "auto":
         return now
@@ -161,6 +163,9 @@ def _replayed(candidate: Candidate, card: Card, limit: float, recipe: Recipe) ->
         now = less if less.memory.reserved <= limit else now
     while now.memory.reserved > limit and set(now.work.layers) != {CHECKPOINTED}:
         work = _within(now.work, limit - _gaps(now), now.steps + 1)
+        now = _candidate(work, card, predict(work))
+    if now.memory.reserved > limit and 0 < now.work.streamed < room:
+        work = now.work.replace(streamed=now.work.streamed + 1)
         now = _candidate(work, card, predict(work))
     return now
 

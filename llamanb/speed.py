@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llamanb.card import Card
+from llamanb.copies import copies_s, link, reads_s
 from llamanb.memory import outline
-from llamanb.tape import BYTES, CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload, streamed_bytes
-from llamanb.tape.workload import BUFFERS
+from llamanb.tape import BYTES, CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
 
 READS_PER_WRITE = 2.5
 """Bytes read for each byte an operation writes: a product of two reads twice, a cast once."""
@@ -39,7 +39,8 @@ class StepTime:
     """Copies of offloaded activations."""
     launch_s: float = 0.0
     stall_s: float = 0.0
-    """Waiting for the weights of streamed layers, where their copies take longer than what they hide behind."""
+    """Waiting for the weights of streamed layers, where their copies, or the disk, take longer than what they hide
+    behind."""
     measured_s: float | None = None
     """The whole step as a rehearsal found it; comes first."""
 
@@ -74,27 +75,18 @@ def flops(work: Workload) -> tuple[float, float]:
 
 
 def _stalls(work: Workload, card: Card, gpu_s: float) -> float:
-    """Seconds of a micro-batch that wait for copies. Forward and backward each hide theirs behind their own work; the
-    layers that are there at a turn are not copied."""
+    """Seconds of a micro-batch that wait for weights. Forward and backward each hide theirs behind their own work; what
+    is read from disk meanwhile is copied beside that."""
     if not work.streamed:
         return 0.0
-    return sum(max(0.0, copies_s(work, card) - share * gpu_s) for share in shares(work))
-
-
-def copies_s(work: Workload, card: Card) -> float:
-    """Seconds of the copies of a forward pass, and of a backward pass."""
-    return max(0, work.streamed - BUFFERS) * streamed_bytes(work) / _link(card)
+    slowest = max(copies_s(work, card), reads_s(work, card))
+    return sum(max(0.0, slowest - share * gpu_s) for share in shares(work))
 
 
 def shares(work: Workload) -> tuple[float, float]:
     """Shares of a micro-batch's time that forward and backward take."""
     forward = work.model.layers * _forward_flops(work) / flops(work)[0]
     return forward, 1 - forward
-
-
-def _link(card: Card) -> float:
-    """Bytes a second from host memory."""
-    return (card.host_link_gbs or 10) * 1e9
 
 
 def _adapters(work: Workload) -> int:
@@ -113,12 +105,12 @@ def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
     trained = work.model.parameters if work.full else _adapters(work) * work.model.layers
     moved += trained * 4 * 7 / accumulation  # Adam reads four, writes three
     offloaded = sum(kind == OFFLOADED for kind in work.layers)
-    link = 2 * offloaded * work.tokens * work.model.hidden * BYTES[work.dtype]
+    copied = 2 * offloaded * work.tokens * work.model.hidden * BYTES[work.dtype]
     made = StepTime(
         matrix_s=accumulation * matrix / rate,
         attention_s=accumulation * attention / (rate * ATTENTION_RATE),
         memory_s=accumulation * moved / (card.bandwidth_gbs * 1e9),
-        link_s=accumulation * link / _link(card),
+        link_s=accumulation * copied / link(card),
         launch_s=accumulation * outlined.operations * LAUNCHES_PER_OPERATION * (card.launch_us or 10) * 1e-6,
     )
     return replace(made, stall_s=accumulation * _stalls(work, card, made.step_s / accumulation))

@@ -1,26 +1,46 @@
-"""What a plan has to know of weights that wait in host memory: how many may, what their copies hide behind, and what is
-said of it."""
+"""What a plan has to know of weights that wait in host memory or on disk: how many may, what bringing them to the card
+hides behind, and what is said of it."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 
+from llamanb import disk
 from llamanb.card import Card
+from llamanb.copies import GIB, HOST_GIB, copies_s, on_disk, reads_s, room_in_memory, room_with_disk, waiting_bytes
+from llamanb.machine import host_memory
 from llamanb.recipe import Recipe
-from llamanb.speed import StepTime, copies_s, shares, step_time
-from llamanb.tape import BYTES, Workload, streamed_bytes
+from llamanb.speed import StepTime, shares, step_time
+from llamanb.tape import Workload
 
-HOST_GIB = 2.0
-"""Host memory that a training takes beside streamed weights."""
-GIB = 2**30
 TRIED = 3
 """Numbers of streamed layers that are looked at, from as few as fit to all."""
 TOKENS = 64
 """Steps in which tokens are counted that hide copies."""
 STALLS = 0.005
 """Share of a step from which waiting for copies is told."""
+
+
+def in_its_machine(card: Card | str | None, host_gib: float | None = None, cards: int = 1) -> Card:
+    """The card with what weights may wait in: of this machine where it is this machine's, and else so much host memory.
+    Several cards share it, and what the disk reads."""
+    if card is None:
+        card = replace(Card.here(), host_gib=min(host_memory()[1:]))
+        card = replace(card, disk_gib=disk.free_gib(), disk_gbs=disk.measured()) if card.is_gpu else card
+    card = Card.known(card) if isinstance(card, str) else card
+    card = card if host_gib is None else replace(card, host_gib=host_gib)
+    if cards < 2 or card.host_gib is None:
+        return card
+    return replace(card, host_gib=card.host_gib / cards, disk_gbs=(card.disk_gbs or disk.GBS) / cards)
+
+
+def where_they_wait(work: Workload, card: Card) -> dict:
+    """A plan's fields for what the workload streams."""
+    held, below = waiting_bytes(work, card)
+    return {"on_disk": on_disk(work, card), "streamed_gib": held / GIB, "disk_gib": below / GIB}
 
 
 def can_stream(recipe: Recipe) -> bool:
@@ -43,20 +63,41 @@ def changes(recipe: Recipe) -> list[tuple[str, str, dict]]:
     return []
 
 
-def too_little(recipe: Recipe, card: Card, streamed: int, depth: int) -> str:
-    """What host memory has room for, in words, where that is less than all layers."""
+def machines(recipe: Recipe, card: Card) -> list[tuple[Callable[..., str], str, Card]]:
+    """(change in words, what it costs, the card in such a machine) with which more weights could wait."""
+    found = []
+    if may_stream(recipe) and card.disk_gib is not None:
+        need = (lambda plan: f"{math.ceil(plan.disk_gib + disk.SPARE_GIB)} GiB of free disk"), "time: what it reads"
+        found.append((*need, replace(card, disk_gib=None)))
+    if may_stream(recipe) and card.host_gib is not None:
+        need = (lambda plan: f"{math.ceil(plan.streamed_gib + HOST_GIB)} GiB of free host memory"), "money"
+        found.append((*need, replace(card, host_gib=None)))
+    return found
+
+
+def waits(gib: float, on_disk_gib: float) -> str:
+    """What so much weight that is streamed takes, in words."""
+    said = f"; {gib:.1f} GiB of weights wait in host memory"
+    return f"{said}, {on_disk_gib:.1f} on disk" if on_disk_gib else said
+
+
+def too_little(recipe: Recipe, card: Card, streamed: int, below: int, depth: int) -> str:
+    """What host memory and disk have room for, in words, where that is less than all layers: so many `streamed`, and of
+    them so many on disk (`below`)."""
     if card.host_gib is None or streamed == depth or not may_stream(recipe):
         return ""
-    room = f"; {card.host_gib:.1f} GiB of host memory have room for the weights of"
-    return f"{room} {streamed} of {depth} layers"
+    room = f"; {card.host_gib:.1f} GiB of host memory have room for the weights of {streamed - below}"
+    room += f", and {card.disk_gib:.1f} GiB of disk for those of {below}," if below else ""
+    return f"{room} of {depth} layers"
 
 
-def room_for(recipe: Recipe, base: Workload, card: Card) -> int:
-    """How many layers' weights may wait in the host's memory."""
+def rooms(recipe: Recipe, base: Workload, card: Card) -> list[int]:
+    """How many layers' weights may wait, fewest first, each for where nothing fits with the one before: none, where the
+    recipe leaves that open; as many as host memory has room for; and as many as it and the disk have."""
     if not (may_stream(recipe) and base.fused):
-        return 0
-    host = math.inf if card.host_gib is None else (card.host_gib - HOST_GIB) * GIB
-    return int(min(len(base.layers), max(0.0, host - _embedding(base)) / streamed_bytes(base)))
+        return [0]
+    found = [0, room_in_memory(base, card), room_with_disk(base, card)]
+    return sorted({max(0, room) for room in found[recipe.weights == "streamed" :]})
 
 
 def counts_to_try(room: int, fits: Callable[[int], bool]) -> list[int]:
@@ -66,21 +107,11 @@ def counts_to_try(room: int, fits: Callable[[int], bool]) -> list[int]:
     return sorted({first + (room - first) * i // (TRIED - 1) for i in range(TRIED)})
 
 
-def waiting_bytes(work: Workload) -> int:
-    """Of weights in host memory: of streamed layers, and of the token embedding with them."""
-    layers = work.streamed * streamed_bytes(work) if work.shards == 1 else 0
-    return layers + _embedding(work) if work.streamed else 0
-
-
-def _embedding(work: Workload) -> int:
-    """Bytes of a token embedding that is not the head too."""
-    return 0 if work.model.tied else BYTES[work.dtype] * work.model.embedding_parameters
-
-
 def tokens_that_hide(work: Workload, card: Card) -> int:
-    """About the fewest tokens at once, in TOKENS, behind which the workload's copies hide; 0 where launching alone
-    takes as long. For a card whose speed is known."""
-    resident, copies = work.replace(streamed=0), copies_s(work, card) / min(shares(work))
+    """About the fewest tokens at once, in TOKENS, behind which the workload's copies hide, and what is read from disk;
+    0 where launching alone takes as long. For a card whose speed is known."""
+    copies = max(copies_s(work, card), reads_s(work, card)) / min(shares(work))
+    resident = work.replace(streamed=0)
     half = {"rows": work.rows // 2} if work.rows % 2 == 0 else {"length": work.length // 2}
     whole, less = (step_time(one, card, 1) for one in (resident, resident.replace(**half)))
     if copies <= whole.launch_s:
@@ -90,20 +121,37 @@ def tokens_that_hide(work: Workload, card: Card) -> int:
 
 
 def why(work: Workload, time: StepTime | None, recipe: Recipe, card: Card) -> str:
-    """Why weights wait in host memory, what hides their copies, and what decides how fast a step is; empty where none
+    """Why weights wait, what hides that they have to be brought, and what decides how fast a step is; empty where none
     wait."""
     if not work.streamed:
         return ""
     said = "nothing fits with all of them on the card; " if recipe.weights == "auto" else ""
     if card.host_gib is None:
         said += "how much host memory there is was not said (host_gib=); "
+    said += _disk_words(work, time, card)
     if not time:
         return said + "they are brought to the card layer by layer"
-    free = tokens_that_hide(work, card)
-    hidden = f"copies hide behind about {free:,} tokens at once and more" if free else "copies hide behind any layer"
+    reads = reads_s(work, card) > copies_s(work, card)
+    what, free = "the disk hides" if reads else "copies hide", tokens_that_hide(work, card)
+    hidden = f"{what} behind about {free:,} tokens at once and more" if free else f"{what} behind any layer"
     binds = "arithmetic" if time.gpu_s >= time.launch_s else "launches"
     if time.stall_s > STALLS * time.step_s:
-        binds = f"copies, {time.stall_s / time.step_s:.0%} of a step"
-    elif work.streamed == room_for(recipe, work, card) < len(work.layers):
+        binds = f"{'the disk' if reads else 'copies'}, {time.stall_s / time.step_s:.0%} of a step"
+    elif work.streamed == room_in_memory(work, card) < len(work.layers):
         binds += " and host memory"
     return f"{said}{hidden}, here {work.tokens:,}; bound by {binds}"
+
+
+def _disk_words(work: Workload, time: StepTime | None, card: Card) -> str:
+    """What it means that layers wait on disk; empty where none do."""
+    if not (below := len(on_disk(work, card))):
+        return ""
+    rate = f"{card.disk_gbs:.3g} GB/s" if card.disk_gbs else f"taken to be {disk.GBS:g} GB/s, not measured"
+    said = f"host memory has no room for {below} layers, which are read from disk ({rate}) twice a micro-batch"
+    said += ": a step takes " + in_minutes(time.step_s) if time else ""
+    return f"{said}, each word of an answer {in_minutes(reads_s(work, card))}; "
+
+
+def in_minutes(seconds: float) -> str:
+    """In words, from a minute and a half on in minutes."""
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

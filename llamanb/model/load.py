@@ -148,17 +148,13 @@ def random_config(shape: Architecture) -> LlamaConfig:
 def piecewise_model(plan: Plan, config: LlamaConfig, folder: Path | None, streams=None) -> LlamaForCausalLM:
     """Loaded weight by weight, those of the plan's streamed layers into host memory; random where there is no folder.
     Raises ModelError where a weight is not stored."""
-    from llamanb.model.piecewise import load_piecewise, quantized
+    from llamanb.model.piecewise import load_planned
 
     attention.register()
     device = torch.device("cuda", torch.cuda.current_device()) if plan.card.is_gpu else torch.device("cpu")
     dtype = DTYPES[plan.dtype]
-    if folder:
-        read, stored = quantized(folder, config, plan.recipe, dtype, device)
-    else:
-        read, stored = random_weights(config, dtype, device)
-    where = {"streamed": plan.streamed, "dtype": dtype, "device": device, "attention": plan.attention}
-    model = load_piecewise(config, plan.recipe, read, stored, **where, streams=streams)
+    random = None if folder else random_weights(config, dtype, device)
+    model = load_planned(plan, config, folder, random, dtype, device, streams)
     if model.streamed and model.streamed.refused:
         warnings.warn(f"host memory is not pinned, so copies take longer: {model.streamed.refused}", stacklevel=4)
     return model

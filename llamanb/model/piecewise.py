@@ -1,10 +1,14 @@
 """A 4-bit model loaded weight by weight, for layers that are streamed: each is quantized on the card by itself and goes
-to host memory at once, so that neither the card nor the host ever holds more than what stays there and one weight."""
+to host memory or disk at once, so that neither the card nor the host ever holds more than what stays there and one
+weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -14,9 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.quantization_config import QuantizationMethod
 
+from llamanb import disk
 from llamanb.errors import ModelError
+from llamanb.layout import Plan
 from llamanb.model.quantized import QuantizedLayers
-from llamanb.model.streamed import HostEmbedding, StreamedLayers
+from llamanb.model.streamed import DiskLayer, HostEmbedding, StreamedLayers
+from llamanb.model.weight_files import Span, WeightFile
 from llamanb.recipe import Recipe
 from llamanb.tape.workload import BLOCK, BUFFERS
 
@@ -24,30 +31,76 @@ Read = Callable[[str], Tensor]
 """A stored tensor by its name, in host memory or on the card."""
 
 
+FETCH = "fetch it again (`hf download --force-download`) and train again, which goes on from the last checkpoint"
+
+
+class Source(NamedTuple):
+    """What a checkpoint stores."""
+
+    read: Read
+    stored: frozenset[str]
+    """Names of its tensors: of 16 bits, or with the constants of 4."""
+    where: Callable[[str], Span] | None = None
+    """Where those of a layer lie that waits on disk, once they were read."""
+
+
+def load_planned(
+    plan: Plan,
+    config: LlamaConfig,
+    folder: Path | None,
+    random: tuple[Read, frozenset[str]] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    streams=None,
+) -> LlamaForCausalLM:
+    """`load_piecewise` for a plan, from a checkpoint's folder or from `random` weights; those keep the files of what
+    waits on disk for as long as the model is there."""
+    with contextlib.ExitStack() as until_loaded:
+        source, home = files(folder) if folder else Source(*random), None
+        if folder:
+            home = QuantizedLayers.folder(folder, plan.recipe, dtype)
+        elif plan.on_disk:
+            disk.layers_folder().mkdir(parents=True, exist_ok=True)
+            home = Path(until_loaded.enter_context(tempfile.TemporaryDirectory(dir=disk.layers_folder())))
+        if home:
+            source = quantized(source, home, config, plan.recipe, dtype, device, plan.on_disk)
+        where = {"dtype": dtype, "device": device, "attention": plan.attention}
+        model = load_piecewise(
+            config, plan.recipe, source, streamed=plan.streamed, on_disk=plan.on_disk, streams=streams, **where
+        )
+        if plan.on_disk:
+            said = disk.measure(model.streamed.hosts[plan.on_disk[0]].path)
+            planned = plan.card.disk_gbs or disk.GBS
+            speed = f", which reads {said:.2f} GB/s; {planned:.2f} were planned with" if said else ""
+            print(f"{len(plan.on_disk)} layers wait on disk{speed}", flush=True)
+        return model
+
+
 def load_piecewise(
     config: LlamaConfig,
     recipe: Recipe,
-    read: Read,
-    stored: frozenset[str],
+    source: Source,
     *,
     streamed: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     attention: str,
+    on_disk: Collection[int] = (),
     streams=None,
 ) -> LlamaForCausalLM:
-    """A Llama in 4 bits, with the weights of its `streamed` layers in host memory, and its token embedding where the
-    head is not the same; as its `streamed` the StreamedLayers that bring them, None where there is none.
+    """A Llama in 4 bits, with the weights of its `streamed` layers in host memory, or of some of them on disk
+    (`on_disk`), and its token embedding where the head is not the same; as its `streamed` the StreamedLayers that bring
+    them, None where there is none.
 
     Args:
-        read: gives the tensors that `stored` names: of 16 bits, which are quantized as the recipe says, or of a
-            checkpoint that is in 4 bits already.
+        source: of 16 bits, which are quantized as the recipe says, or in 4 bits already.
         dtype: of arithmetic, and of what is not quantized.
         attention: transformers' name of it.
         streams: in the place of StreamedLayers, with a `home` for each layer.
 
     Raises ModelError where a weight is not stored.
     """
+    read, stored, where = source
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
     decoder = model.get_decoder()
@@ -56,6 +109,12 @@ def load_piecewise(
     if missing := sorted({name for name, _ in model.named_parameters()} - tied - stored):
         why = f"{missing[0]} is not among its weights" + (f", nor {len(missing) - 1} others" if missing[1:] else "")
         raise ModelError("the weights are not complete", why, "fetch the checkpoint again")
+    for name in [name for name, _ in model.named_parameters()]:  # first what is large when it is cast
+        if name == "model.embed_tokens.weight" and streamed and not tied:
+            decoder.embed_tokens = HostEmbedding(read(name).to(dtype), device)
+        elif not name.endswith("_proj.weight") and name not in tied:
+            made = nn.Parameter(read(name).to(device, dtype), requires_grad=False)
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], made)
     hosts = {}
     for number, layer in enumerate(decoder.layers):
         for part in (layer.self_attn, layer.mlp):
@@ -64,14 +123,10 @@ def load_piecewise(
                     path = f"model.layers.{number}.{_name(layer, part)}.{name}.weight"
                     weight = _weight(path, recipe, read, stored, dtype, device)
                     setattr(part, name, _linear(child, recipe, weight, number in streamed))
-        if number in streamed:
+        if number in on_disk:
+            hosts[number] = DiskLayer(layer, where, f"model.layers.{number}")
+        elif number in streamed:
             hosts[number] = (streams or StreamedLayers).home(layer, device)
-    for name, parameter in list(model.named_parameters()):
-        if name == "model.embed_tokens.weight" and streamed and not tied:
-            decoder.embed_tokens = HostEmbedding(read(name).to(dtype), device)
-        elif parameter.is_meta and name not in tied:
-            made = nn.Parameter(read(name).to(device, dtype), requires_grad=False)
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], made)
     if tied:
         model.tie_weights()
     model.is_loaded_in_4bit = True  # peft asks this, and the Trainer the next line, before it would move the model
@@ -81,31 +136,42 @@ def load_piecewise(
 
 
 def quantized(
-    folder: Path, config: LlamaConfig, recipe: Recipe, dtype: torch.dtype, device: torch.device
-) -> tuple[Read, frozenset[str]]:
-    """What a checkpoint stores, its layers in 4 bits, and how to read it. Of a 16-bit one they are quantized once, and
-    kept for the next time. Raises SafetensorError or OSError for a file that cannot be read."""
-    read, stored = files(folder)
+    source: Source,
+    home: Path,
+    config: LlamaConfig,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_disk: Collection[int] = (),
+) -> Source:
+    """The same with its layers in 4 bits. Those of 16 bits are quantized once, and kept in `home` for the next time.
+    Raises SafetensorError or OSError for a file that cannot be read, DiskFullError where layers that wait on disk have
+    no room."""
+    read, stored, _ = source
     if any(name.endswith(".weight.absmax") for name in stored):
-        return read, stored
+        return source
     layers = {
         number: sorted(name for name in stored if name.startswith(f"model.layers.{number}.") and "_proj." in name)
         for number in range(config.num_hidden_layers)
     }
     of_layer = {name: number for number, names in layers.items() for name in names}
-    cache = QuantizedLayers(folder, read, layers, recipe, dtype, device)
+    cache = QuantizedLayers(home, read, layers, recipe, dtype, device, on_disk)
     constants = QuantizedLayers.constants(recipe)
 
+    def layer_of(name: str) -> int | None:
+        return of_layer.get(f"{name.partition('.weight')[0]}.weight")
+
     def read_quantized(name: str) -> Tensor:
-        weight = f"{name.partition('.weight')[0]}.weight"
-        return cache.layer(of_layer[weight])[name] if weight in of_layer else read(name)
+        number = layer_of(name)
+        return read(name) if number is None else cache.layer(number)[name]
 
-    return read_quantized, stored | {f"{name}.{part}" for name in of_layer for part in constants}
+    names = stored | {f"{name}.{part}" for name in of_layer for part in constants}
+    return Source(read_quantized, names, lambda name: cache.span(layer_of(name), name))
 
 
-def files(folder: Path) -> tuple[Read, frozenset[str]]:
+def files(folder: Path) -> Source:
     """What a checkpoint stores, and how to read it. Raises SafetensorError or OSError for a file that cannot be."""
-    places = {}
+    places, opened = {}, {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             places |= dict.fromkeys(file.keys(), path)
@@ -114,7 +180,14 @@ def files(folder: Path) -> tuple[Read, frozenset[str]]:
         with safe_open(places[name], "pt") as file:
             return file.get_tensor(name)
 
-    return read, frozenset(places)
+    def where(name: str) -> Span:
+        path = places[name]
+        if path not in opened:
+            opened[path] = WeightFile(path, FETCH)
+        opened[path].forget()  # what was read of it to get here
+        return opened[path].span(name)
+
+    return Source(read, frozenset(places), where)
 
 
 def _name(layer: nn.Module, part: nn.Module) -> str:

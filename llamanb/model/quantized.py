@@ -1,15 +1,17 @@
 """The 4-bit weights of a 16-bit checkpoint, kept on disk a layer a file, so that they are quantized once.
 
 A file counts when its hash is the one noted when it was written; what was cut off goes on with the layers that are
-there. The files hold what checkpoints of bitsandbytes do, under the same names.
+there. The files hold what checkpoints of bitsandbytes do, under the same names. Layers that wait on disk wait in them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -17,38 +19,57 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from llamanb import hub
-from llamanb.errors import UNREADABLE
-from llamanb.machine import hub_cache
+from llamanb import disk, hub
+from llamanb.disk import SPARE_GIB
+from llamanb.errors import UNREADABLE, DiskFullError, ModelError
+from llamanb.machine import GIB
+from llamanb.model.weight_files import Span, WeightFile
 from llamanb.recipe import Recipe
 from llamanb.tape.workload import BLOCK
 from llamanb.timeline import replace_text
 
 MANIFEST = "manifest.json"
-SPARE_BYTES = 2**30
-"""Of the disk, left free."""
+MEND = "train again: a layer that is not what was written is made again, and training goes on from its last checkpoint"
 
 
 class QuantizedLayers:
     """Reads a checkpoint's layers in 4 bits, from the cache where they are there, and else through it.
 
     Args:
-        folder: of the checkpoint.
-        read: one of its tensors by its name.
+        home: the cache.
+        read: one of the checkpoint's tensors by its name.
         names: of the linear weights of each layer.
         recipe: whose `quantization` and `double_quant` are taken.
         dtype: that weights are cast to first, as for resident ones.
         device: that quantizes.
+        on_disk: layers that wait there, so that their files have to be.
     """
 
-    def __init__(self, folder: Path, read, names: Mapping[int, list[str]], recipe: Recipe, dtype, device: torch.device):
-        self.read, self.names, self.dtype, self.device = read, names, dtype, device
+    def __init__(
+        self,
+        home: Path,
+        read,
+        names: Mapping[int, list[str]],
+        recipe: Recipe,
+        dtype,
+        device: torch.device,
+        on_disk: Collection[int] = (),
+    ):
+        self.home, self.read, self.names, self.dtype, self.device = home, read, names, dtype, device
         self.options = {"compress_statistics": recipe.double_quant, "quant_type": recipe.quantization}
-        made_of = [hub.fingerprint(folder), *self.options.values(), str(dtype), bnb.__version__]
-        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-        self.home = hub_cache().parent / "llamanb-4bit" / key
+        self.files: dict[int, WeightFile] = dict.fromkeys(on_disk)
         self._hashes = self._noted()
         self._at, self._tensors = -1, {}
+
+    @staticmethod
+    def folder(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> Path:
+        """Where a checkpoint's layers are kept. Raises OSError."""
+        made_of = [hub.fingerprint(checkpoint), recipe.double_quant, recipe.quantization, str(dtype), bnb.__version__]
+        return disk.layers_folder() / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+
+    def span(self, number: int, name: str) -> Span:
+        """Where a tensor of a layer lies that waits on disk, once the layer was asked for."""
+        return self.files[number].span(name)
 
     @staticmethod
     def constants(recipe: Recipe) -> tuple[str, ...]:
@@ -78,12 +99,14 @@ class QuantizedLayers:
         if path.name not in self._hashes:
             return None
         try:
-            data = path.read_bytes()
-        except OSError:
+            file = WeightFile(path, MEND) if number in self.files else None
+            data = file.content() if file else path.read_bytes()
+        except (OSError, ModelError):
             return None
         if hashlib.sha256(data).hexdigest() != self._hashes[path.name]:
             print(f"{path} is not what was written there: it is made again", flush=True)
             return None
+        self.files |= {number: file} if file else {}
         return load(data)
 
     def _made(self, number: int) -> dict[str, Tensor]:
@@ -97,17 +120,47 @@ class QuantizedLayers:
         return made
 
     def _keep(self, number: int, made: dict[str, Tensor]) -> None:
-        """Writes the layer's file; without room, or where nothing can be written, the next training quantizes again."""
-        data, path = save(made), self._file(number)
+        """Writes the layer's file. Without room, or where nothing can be written, the next training quantizes again;
+        unless the layer waits there: then it raises DiskFullError."""
+        data, path, waits = save(made), self._file(number), number in self.files
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self.home).free < len(data) + SPARE_BYTES:
+            still = [n for n in self.files if n == number or self._file(n).name not in self._hashes]
+            need, free = len(data) * len({*still, number}) + SPARE_GIB * GIB, shutil.disk_usage(self.home).free
+            if free < need:
+                if waits:
+                    raise self._full(f"{len(still)} of them take {need / GIB:.1f} GiB, and {free / GIB:.1f} are free")
                 return
-            new = path.with_suffix(".new")
-            new.write_bytes(data)
+            new = path.with_suffix(f".{os.getpid()}")
+            self._write(new, data, waits)
+            file = WeightFile(new, MEND) if waits else None
             new.replace(path)
+            if file:
+                file.path, self.files[number] = path, file
             self._hashes[path.name] = hashlib.sha256(data).hexdigest()
             replace_text(self.home / MANIFEST, json.dumps(self._hashes))
         except OSError as error:
+            with contextlib.suppress(OSError):
+                path.with_suffix(f".{os.getpid()}").unlink()
+            if waits:
+                raise self._full(f"{error.strerror or error}, at {path}") from None
             if number == 0:
                 print(f"4-bit weights are not kept for the next time: {error}", flush=True)
+
+    @staticmethod
+    def _write(path: Path, data: bytes, waits: bool) -> None:
+        """Where a layer waits, until it is on the disk, so that no memory is taken by what is not written yet."""
+        with path.open("wb") as file:
+            file.write(data)
+            if waits:
+                file.flush()
+                os.fsync(file.fileno())
+                disk.forget(file.fileno())
+
+    def _full(self, why: str) -> DiskFullError:
+        return DiskFullError(
+            "the layers that host memory has no room for cannot be kept on disk",
+            f"{why} ({self.home})",
+            "free some room (the folders beside that one hold the layers of other models), set HF_HOME to a larger "
+            "disk, or take a machine with more memory",
+        )

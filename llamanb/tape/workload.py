@@ -18,6 +18,8 @@ HEAD_TILE = 512
 """Tokens whose logits exist at once in the loss of fused layers (model/head.py)."""
 BUFFERS, ALIGNED = 2, 256
 """Buffers on the card that streamed layers take turns in, and bytes to which each weight in them begins."""
+STAGED = 2
+"""Layers that wait on disk and are in host memory at once, on their way to the card."""
 MLP_TILE = 4096
 """Tokens at once at most in the MLP of a fused layer that is recomputed: beyond, gate and up would be the peak."""
 LOSS_ROWS, LOSS_COLUMNS = 4096, 32768

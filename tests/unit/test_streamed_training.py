@@ -265,7 +265,7 @@ def test_what_was_cut_off_goes_on_and_what_was_changed_is_made_again(cache, monk
 
 def test_without_room_it_is_quantized_each_time(cache, monkeypatch, tmp_path):
     made = quantizations(monkeypatch)
-    monkeypatch.setattr("llamanb.model.quantized.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("llamanb.model.quantized.SPARE_GIB", 2**30)
     first, again = weights(loaded()), weights(loaded())
     assert len(made) == 2 * 4 * 7
     assert all(torch.equal(first[name], again[name]) for name in first)
