@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamanb import cards, trials
+from llamanb import cards, disk, trials
 from llamanb.card import GIB, SPEEDS, Card, gpu_in_use
 from llamanb.nvml import ask, gpu_processes, gpu_uuid, nvml_handle, nvml_handles, nvml_memory, only_gpu, start_nvml
 from llamanb.setup.loaded import version
@@ -59,6 +59,7 @@ def measure(
     )
     if save:
         keep(card, _key(properties), started)
+        disk.measure()
     return card
 
 

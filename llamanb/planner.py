@@ -63,8 +63,9 @@ def plan(
         card: a Card, the name of a known one ("T4"), or None: the GPU or CPU of this machine.
         data: what `load_data(recipe)` gave; the plan is then made for its longest row and counts its steps.
         force: return the plan that comes closest where none is predicted to fit, however long the rows.
-        host_gib: host memory that is free, for weights that are streamed; None: this machine's where the card is this
-            machine's, and else as much as it takes. What has no room there waits on disk, where nothing fits otherwise.
+        host_gib: host memory that is free, for weights that are streamed, shared by all cards; None: this machine's
+            where the card is this machine's, and else as much as it takes. Where that is too little for anything to
+            fit, some wait on disk: `Card.disk_gib`, `Card.disk_gbs`.
         cards: that share each step's rows, each with a copy of the model, or with a part of its weights where a copy
             does not fit; the plan is for one of them.
 

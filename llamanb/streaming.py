@@ -25,16 +25,16 @@ STALLS = 0.005
 
 
 def in_its_machine(card: Card | str | None, host_gib: float | None = None, cards: int = 1) -> Card:
-    """The card with what weights may wait in: of this machine where it is this machine's, and else so much host memory.
-    Several cards share it, and what the disk reads."""
+    """The card with what weights may wait in: this machine's memory and disk where it is this machine's, and else so
+    much host memory. Several cards share it, and what the disk reads."""
     if card is None:
-        card = replace(Card.here(), host_gib=min(host_memory()[1:]))
-        card = replace(card, disk_gib=disk.free_gib(), disk_gbs=disk.measured()) if card.is_gpu else card
+        host_gib = min(host_memory()[1:]) if host_gib is None else host_gib
+        card = replace(Card.here(), disk_gib=disk.free_gib(), disk_gbs=disk.measured())
     card = Card.known(card) if isinstance(card, str) else card
-    card = card if host_gib is None else replace(card, host_gib=host_gib)
-    if cards < 2 or card.host_gib is None:
+    if host_gib is None:
         return card
-    return replace(card, host_gib=card.host_gib / cards, disk_gbs=(card.disk_gbs or disk.GBS) / cards)
+    rate = card.disk_gbs if cards < 2 else (card.disk_gbs or disk.GBS) / cards
+    return replace(card, host_gib=host_gib / max(cards, 1), disk_gbs=rate)
 
 
 def where_they_wait(work: Workload, card: Card) -> dict:

@@ -72,7 +72,8 @@ def load_planned(
             said = disk.measure(model.streamed.hosts[plan.on_disk[0]].path)
             planned = plan.card.disk_gbs or disk.GBS
             speed = f", which reads {said:.2f} GB/s; {planned:.2f} were planned with" if said else ""
-            print(f"{len(plan.on_disk)} layers wait on disk{speed}", flush=True)
+            layers = f"{len(plan.on_disk)} of {len(plan.layers)} layers"
+            print(f"the weights of {layers} wait on disk{speed}", flush=True)
         return model
 
 

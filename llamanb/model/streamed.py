@@ -176,7 +176,8 @@ class Staging:
         try:
             slot.read.result()
         except Exception:
-            slot.number = None
+            for one in self.slots:  # or what failed as well would be told again, should somebody go on
+                one.number = None
             raise
         return slot
 
