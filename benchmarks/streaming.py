@@ -6,8 +6,8 @@
 Random weights of the real shape, made in place and quantized one by one. Each row is planned for a small card, trained
 on a big GPU that is held to it (memory, dtype, attention kernels), and then once more without that limit, all weights
 resident and every layer recomputed, with as many rows at once. Rows `slow` copy no faster than they say, so that the
-prediction for other links can be checked; they have no resident turn. 70B takes 35 GiB of host memory and about two
-minutes.
+prediction for other links can be checked, and rows `disk` have so little host memory that some layers wait on disk;
+they have no resident turn. 70B takes 35 GiB of host memory and about two minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from llamanb import Card, Recipe
+from llamanb import Card, Recipe, disk
 from llamanb.architecture import architecture
 from llamanb.layout import GIB, Plan
 from llamanb.planner import search
@@ -33,8 +33,10 @@ ROWS: dict[str, dict] = {
     "8b-8": {"model": EIGHT, "card": "T4", "free_gib": 7.4, "rank": 16, "length": 2048, "batch": 16},
     "8b-4": {"model": EIGHT, "card": "T4", "free_gib": 3.65, "rank": 16, "length": 512, "batch": 16},
     "8b-slow": {"model": EIGHT, "card": "T4", "free_gib": 5.0, "rank": 16, "length": 2048, "batch": 4, "link": 4.0},
+    "8b-disk": {"model": EIGHT, "card": "T4", "free_gib": 5.0, "rank": 16, "length": 2048, "batch": 4, "host_gib": 3.8},
 }
-"""`free_gib`: what there is of the card, where that is less than all; `link`: GB/s that copies are held to."""
+"""`free_gib`: what there is of the card, where that is less than all; `link`: GB/s that copies are held to; `host_gib`:
+of host memory, what has no room there waits on disk."""
 STEPS = 4
 
 
@@ -51,7 +53,8 @@ def plans(row: dict, card: Card, whole: Card) -> tuple[Plan, Plan]:
         eval_rows=0,
     )
     link = row.get("link")
-    card = replace(card, **({"free_gib": row["free_gib"]} if "free_gib" in row else {}))
+    card = replace(card, **{name: row[name] for name in ("free_gib", "host_gib") if name in row})
+    card = replace(card, disk_gbs=disk.measured())
     made = search(recipe, replace(card, host_link_gbs=link) if link else card, shape, force=True)
     same = recipe.replace(weights="resident", checkpointing="all", micro_batch_size=made.micro_batch_size)
     kept = search(same, whole, shape, force=True)
@@ -85,6 +88,8 @@ def measure(name: str, resident: bool) -> dict:
         "layers": {kind: plan.layers.count(kind) for kind in dict.fromkeys(plan.layers)},
         "streamed": len(plan.streamed),
         "host_gib": round(plan.streamed_gib, 2),
+        "on_disk": len(plan.on_disk),
+        "disk_gbs": plan.on_disk and [plan.card.disk_gbs or disk.GBS, disk.measured()],
         "planned": {"reserved": round(plan.needs_gib, 3), "step_s": plan.step_s and round(plan.step_s, 3)},
         "stall_planned_s": plan.time and round(plan.time.stall_s, 3),
         **found,
@@ -138,6 +143,7 @@ def trained(plan: Plan, link: float | None, steps: int = STEPS) -> dict:
         "step_s": round(plan.accumulation * micro + optimizer, 3),
         "stall_s": round(sum(stalls[1:]) / max(1, len(stalls) - 1), 3) if streamed else None,
         "copied_gb_a_step": round(streamed.copied / steps / 1e9, 1) if streamed else None,
+        "read_gb_a_step": round(streamed.staging.read / steps / 1e9, 1) if streamed and streamed.staging else None,
         "pinned": not streamed.refused if streamed else None,
         "losses": [round(line["loss"], 5) for line in trainer.state.log_history if "loss" in line],
     }
@@ -172,7 +178,7 @@ def _held_to(link: float):
 
 def run(out: Path, names: list[str]) -> None:
     for name in names:
-        for resident in (False, True)[: 1 if "link" in ROWS[name] else 2]:
+        for resident in (False, True)[: 1 if {"link", "host_gib"} & ROWS[name].keys() else 2]:
             command = [sys.executable, "-m", "benchmarks.streaming", "one", name, str(int(resident))]
             done = subprocess.run(command, capture_output=True, text=True)
             found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -190,7 +196,8 @@ def report(out: Path) -> str:
     text = [f"| {' | '.join(header.split(', '))} |", "|" + "---|" * 11]
     speeds = {line["row"]: line.get("tokens_s") for line in lines if line["resident"]}
     for line in lines:
-        cells = [line["row"], "resident" if line["resident"] else f"{line.get('streamed')} streamed"]
+        where = f", {line['on_disk']} from disk" if line.get("on_disk") else ""
+        cells = [line["row"], "resident" if line["resident"] else f"{line.get('streamed')} streamed{where}"]
         if line["status"] != "ok":
             text.append(f"| {' | '.join([*cells, line['status'][:120]])} |" + " |" * 8)
             continue

@@ -151,7 +151,7 @@ def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | No
 
 def trainable(card: Card | str | None = None) -> Table:
     """What a card can train: for each model and method the longest row, in tokens, with every layer recomputed; and
-    where the weights have to wait in host memory for that, how much of it they take."""
+    where the weights have to wait in host memory or on disk for that, that they do."""
     card = streaming.in_its_machine(card)
     headers = ["model", "parameters", *TABLE_METHODS]
     if not card.is_gpu:
@@ -163,15 +163,17 @@ def trainable(card: Card | str | None = None) -> Table:
         rows.append([name.split("/")[1], f"{model.parameters / 1e9:.2f} B", *cells])
     caption = f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB, less a margin): one row at a time, "
     caption += "every layer recomputed, rank 16 on all linear layers"
-    if any("streamed" in cell for row in rows for cell in row):
-        caption += "; streamed: weights wait in host memory, or on disk"
+    for word, where in (("streamed", "in host memory"), ("from disk", "on disk as well, which is slow")):
+        if any(word in cell for row in rows for cell in row):
+            caption += f"; {word}: weights wait {where}"
     return Table(headers, rows, caption)
 
 
 def _reached(model: Architecture, method: str, card: Card) -> str:
     """Longest row that fits with every layer recomputed and one row at a time; gaps are guessed, not replayed."""
     recipe = Recipe(model=model.name, method=method, effective_batch_size=1, checkpointing="all")
-    for weights, words in (("resident", ""), ("auto", " streamed")):
-        if steps := _most(model.max_positions // STEP, recipe.replace(weights=weights), card, model):
+    ways = ("resident", card, ""), ("auto", replace(card, disk_gib=0.0), " streamed"), ("auto", card, " from disk")
+    for weights, machine, words in ways:
+        if steps := _most(model.max_positions // STEP, recipe.replace(weights=weights), machine, model):
             return f"{STEP * steps:,}{words}"
     return "no"

@@ -25,14 +25,15 @@ def room_in_memory(work: Workload, card: Card) -> int:
 
 
 def room_with_disk(work: Workload, card: Card) -> int:
-    """How many have room in host memory and on disk together; what comes from the disk passes through STAGED layers'
-    worth of that memory. Layers of a checkpoint in 4 bits are read from where they are."""
-    held = room_in_memory(work, card) - STAGED
-    if held < 0:
-        return 0
+    """How many have room in host memory, or in that and on disk; what comes from the disk passes through STAGED layers'
+    worth of memory. Layers of a checkpoint in 4 bits are read from where they are."""
+    room, depth = room_in_memory(work, card), len(work.layers)
+    if room < STAGED:
+        return room
     if card.disk_gib is None or work.model.quantization:
-        return len(work.layers)
-    return min(len(work.layers), held + max(0, int((card.disk_gib - SPARE_GIB) * GIB / streamed_bytes(work))))
+        return depth
+    below = int(max(0.0, card.disk_gib - SPARE_GIB) * GIB / streamed_bytes(work))
+    return max(room, min(depth, room - STAGED + below))
 
 
 def on_disk(work: Workload, card: Card) -> tuple[int, ...]:

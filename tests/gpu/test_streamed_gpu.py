@@ -5,6 +5,7 @@ too: a buffer that is given away too early shows only where copies take long, an
 """
 
 import gc
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from llamanb import Card, Recipe
 from llamanb.architecture import architecture
 from llamanb.model import attach_adapters, load_model
+from llamanb.model import streamed as streamed_module
 from llamanb.model.fused import FusedDecoder
 from llamanb.model.head import head_loss
-from llamanb.model.streamed import StreamedLayers
+from llamanb.model.streamed import DiskLayer, StreamedLayers
 from llamanb.planner import search
 from llamanb.rehearsal import _tokenizer
 from llamanb.tape import CHECKPOINTED, STORED
@@ -34,11 +36,11 @@ CYCLES = 20_000_000
 """About 10 ms of a GPU: longer than a layer takes."""
 
 
-def model_of(name: str, depth: int, streamed: tuple[int, ...]):
+def model_of(name: str, depth: int, streamed: tuple[int, ...], on_disk: tuple[int, ...] = ()):
     shape = replace(architecture(name), layers=depth)
     recipe = Recipe(model=name, precision="bf16", micro_batch_size=1, effective_batch_size=1)
     plan = search(recipe, replace(Card.present(), name="here"), shape, force=True)
-    plan = plan.replace(kernel="flash", layers=(CHECKPOINTED,) * depth, streamed=streamed)
+    plan = plan.replace(kernel="flash", layers=(CHECKPOINTED,) * depth, streamed=streamed, on_disk=on_disk)
     model = attach_adapters(load_model(plan, _tokenizer(), shape), recipe).train()
     torch.manual_seed(1)
     for parameter_name, parameter in model.named_parameters():
@@ -115,6 +117,48 @@ def test_streamed_is_resident_bit_for_bit(size, deterministic, monkeypatch):
                 assert_equal(step(decoder, model, n % 3), right[kinds][n % 3])
             words = f"{size}, {buffers} buffers, {len(numbers)} of {depth} layers, late={late}"
             print(f"{words}: equal, {streamed.stalled_s():.2f} s waited")
+            del model, decoder, streamed
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_layers_from_disk_are_resident_ones_bit_for_bit(size, deterministic, monkeypatch):
+    """Also where they are read late, into memory that is spoiled as soon as it may be read into again."""
+    name, depth = SHAPES[size]
+    kinds = (CHECKPOINTED, STORED) * (depth // 2) + (STORED,) * (depth % 2)
+    model = model_of(name, depth, ())
+    right = [step(FusedDecoder(model, kinds, "flash"), model, seed) for seed in range(3)]
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    read, every = streamed_module._read, tuple(range(depth))
+
+    def late(layer, memory, copied):
+        if copied is not None:
+            copied.synchronize()
+        memory.fill_(255)
+        time.sleep(0.05)
+        read(layer, memory, copied)
+
+    for is_late, buffers, on_disk in ((False, 2, every), (True, 2, every), (True, 3, every[::2])):
+        with monkeypatch.context() as patch:
+            if is_late:
+                patch.setattr(streamed_module, "_read", late)
+                patch.setattr(StreamedLayers, "_copy", staticmethod(late_and_spoiled))
+            patch.setattr("llamanb.model.piecewise.BUFFERS", buffers)
+            model = model_of(name, depth, every, on_disk)
+            streamed = model.get_base_model().streamed
+            assert [isinstance(streamed.hosts[n], DiskLayer) for n in every] == [n in on_disk for n in every]
+            assert streamed.refused == ""
+            decoder = FusedDecoder(model, kinds, "flash", streamed)
+            for seed in range(3):
+                assert_equal(step(decoder, model, seed), right[seed])
+            waited = streamed.stalled_s()
+            assert waited > 0.05 * len(on_disk) / 2 or not is_late, "waiting for the disk is seen"
+            print(
+                f"{size}, {buffers} buffers, {len(on_disk)} of {depth} on disk, late={is_late}: {waited:.2f} s waited"
+            )
             del model, decoder, streamed
             gc.collect()
             torch.cuda.empty_cache()

@@ -52,8 +52,11 @@ def test_what_a_card_can_train_with_weights_in_host_memory():
     assert planner.plan(recipe, "T4").streamed
     assert "weights wait in host memory" in trainable("T4").caption
     assert "streamed" not in str(trainable("H200"))
-    little = replace(Card.known("T4"), host_gib=12.0)
-    assert "streamed" not in str(trainable(little))
+    little = trainable(replace(Card.known("T4"), host_gib=12.0))
+    assert "streamed" not in str(little)
+    assert any(cell.endswith(" from disk") for row in little.rows for cell in row)
+    assert "weights wait on disk as well, which is slow" in little.caption
+    assert "from disk" not in str(trainable(replace(Card.known("T4"), host_gib=12.0, disk_gib=10.0)))
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -172,8 +175,9 @@ def test_a_context_and_a_little_more_is_nobodys_fault(card):
 
 
 def offered(recipe: Recipe, card: str, host_gib: float | None = None) -> dict[str, list]:
-    """The rest of each row by its change."""
-    return {row[0]: row[1:] for row in refusal(recipe, replace(Card.known(card), host_gib=host_gib)).changes.rows}
+    """The rest of each row by its change, where there is no disk."""
+    machine = replace(Card.known(card), host_gib=host_gib, disk_gib=0.0)
+    return {row[0]: row[1:] for row in refusal(recipe, machine).changes.rows}
 
 
 def test_streaming_is_offered_with_its_numbers():

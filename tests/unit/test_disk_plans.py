@@ -112,15 +112,18 @@ def test_a_disk_that_is_too_small_is_said_with_what_would_be_enough():
 
 
 def test_host_memory_without_room_for_what_is_on_its_way_is_an_error():
-    with pytest.raises(DoesNotFitError, match=r"4\.0 GiB of host memory have room for the weights of 0 of 80 layers"):
+    room = r"4\.0 GiB of host memory have room for the weights of 0 of 80 layers"
+    with pytest.raises(DoesNotFitError, match=room) as caught:
         plan(streamed(rank=8), "T4", host_gib=4.0)
+    assert "Llama-3.1-8B" in caught.value.fix
 
 
 def test_layers_that_a_checkpoint_has_in_4_bits_are_read_from_there_and_take_no_more():
     there = dataclasses.replace(architecture(SEVENTY), quantization="nf4")
     one = shape_of(plan(streamed(rank=8), COLAB))
     full = dataclasses.replace(COLAB, disk_gib=0.0)
-    assert room_with_disk(one, full) == 19
+    assert room_with_disk(one, full) == 21
+    assert room_with_disk(one, dataclasses.replace(full, host_gib=None)) == 80
     assert room_with_disk(one.replace(model=there), full) == 80
 
 
