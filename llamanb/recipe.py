@@ -150,8 +150,8 @@ class Recipe:
 
     weights: str = "auto"
     """Where frozen weights lie: `resident` on the card; `streamed`: those of as many layers as do not fit wait in host
-    memory, and each is brought to the card shortly before it is computed (GPU, adapters over 4 bits); or `auto`:
-    resident where anything fits so, and else streamed where that can be done."""
+    memory, or on disk where nothing fits otherwise, and each is brought to the card shortly before it is computed (GPU,
+    adapters over 4 bits); or `auto`: resident where anything fits so, and else streamed where that can be done."""
 
     precision: str = "auto"
     """Arithmetic: `auto` is bf16 where the GPU has it in hardware, fp16 on older ones such as a T4, fp32 on a CPU."""

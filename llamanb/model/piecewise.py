@@ -21,8 +21,9 @@ from transformers.utils.quantization_config import QuantizationMethod
 from llamanb import disk
 from llamanb.errors import ModelError
 from llamanb.layout import Plan
+from llamanb.model.homes import DiskLayer
 from llamanb.model.quantized import QuantizedLayers
-from llamanb.model.streamed import DiskLayer, HostEmbedding, StreamedLayers
+from llamanb.model.streamed import HostEmbedding, StreamedLayers
 from llamanb.model.weight_files import Span, WeightFile
 from llamanb.recipe import Recipe
 from llamanb.tape.workload import BLOCK, BUFFERS
@@ -61,7 +62,9 @@ def load_planned(
             home = QuantizedLayers.folder(folder, plan.recipe, dtype)
         elif plan.on_disk:
             disk.layers_folder().mkdir(parents=True, exist_ok=True)
-            home = Path(until_loaded.enter_context(tempfile.TemporaryDirectory(dir=disk.layers_folder())))
+            home = Path(
+                until_loaded.enter_context(tempfile.TemporaryDirectory(prefix="random-", dir=disk.layers_folder()))
+            )
         if home:
             source = quantized(source, home, config, plan.recipe, dtype, device, plan.on_disk)
         where = {"dtype": dtype, "device": device, "attention": plan.attention}

@@ -13,11 +13,11 @@ import torch
 
 from llamanb import Card, Recipe
 from llamanb.architecture import architecture
-from llamanb.model import attach_adapters, load_model
-from llamanb.model import streamed as streamed_module
+from llamanb.model import attach_adapters, homes, load_model
 from llamanb.model.fused import FusedDecoder
 from llamanb.model.head import head_loss
-from llamanb.model.streamed import DiskLayer, StreamedLayers
+from llamanb.model.homes import DiskLayer
+from llamanb.model.streamed import StreamedLayers
 from llamanb.planner import search
 from llamanb.rehearsal import _tokenizer
 from llamanb.tape import CHECKPOINTED, STORED
@@ -132,7 +132,7 @@ def test_layers_from_disk_are_resident_ones_bit_for_bit(size, deterministic, mon
     del model
     gc.collect()
     torch.cuda.empty_cache()
-    read, every = streamed_module._read, tuple(range(depth))
+    read, every = homes._read, tuple(range(depth))
 
     def late(layer, memory, copied):
         if copied is not None:
@@ -144,7 +144,7 @@ def test_layers_from_disk_are_resident_ones_bit_for_bit(size, deterministic, mon
     for is_late, buffers, on_disk in ((False, 2, every), (True, 2, every), (True, 3, every[::2])):
         with monkeypatch.context() as patch:
             if is_late:
-                patch.setattr(streamed_module, "_read", late)
+                patch.setattr(homes, "_read", late)
                 patch.setattr(StreamedLayers, "_copy", staticmethod(late_and_spoiled))
             patch.setattr("llamanb.model.piecewise.BUFFERS", buffers)
             model = model_of(name, depth, every, on_disk)

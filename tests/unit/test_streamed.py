@@ -6,7 +6,8 @@ import torch
 
 from llamanb.model.fused import FusedDecoder
 from llamanb.model.head import head_loss
-from llamanb.model.streamed import HostLayer, StreamedLayers
+from llamanb.model.homes import HostLayer
+from llamanb.model.streamed import StreamedLayers
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED, spread
 from tests.unit.small_llama import tiny
 from tests.unit.test_fused import gradients, rows_of

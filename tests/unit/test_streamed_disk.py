@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from llamanb import disk
 from llamanb.errors import ModelError
-from llamanb.model import streamed as module
-from llamanb.model.streamed import DiskLayer, HostLayer, Staging, StreamedLayers
+from llamanb.model import homes
+from llamanb.model.homes import DiskLayer, HostLayer, Staging
+from llamanb.model.streamed import StreamedLayers
 from llamanb.model.weight_files import WeightFile
 from llamanb.tape import CHECKPOINTED, STORED
 from tests.unit.small_llama import tiny
@@ -58,7 +59,7 @@ def streamed_of(model, folder, on_disk=ALL, numbers=ALL, buffers=2) -> StreamedL
 def as_late_as_can_be(monkeypatch):
     """Nothing is read before somebody waits for it, and no number lies where it will be; nor where it was, once it is
     copied."""
-    asked, take, read, give_back = threading.Event(), Staging.take, module._read, Staging.give_back
+    asked, take, read, give_back = threading.Event(), Staging.take, homes._read, Staging.give_back
 
     def taken(self, number):
         asked.set()
@@ -77,7 +78,7 @@ def as_late_as_can_be(monkeypatch):
         give_back(self, slot, copied)
 
     monkeypatch.setattr(Staging, "take", taken)
-    monkeypatch.setattr(module, "_read", late)
+    monkeypatch.setattr(homes, "_read", late)
     monkeypatch.setattr(Staging, "give_back", spoiled)
     return asked
 
@@ -175,6 +176,18 @@ def test_a_file_that_changes_meanwhile_is_an_error_that_names_it(make, change, w
     with pytest.raises(ModelError, match=rf"5\.safetensors: .*{why}") as caught:
         trained(model, (CHECKPOINTED,) * DEEP, streamed)
     assert caught.value.fix == "mend it"
+    threads = set(streamed.staging._thread._threads)
+    del caught, streamed, model
+    all_end(threads)
+
+
+def all_end(threads):
+    """Once nothing else is held."""
+    gc.collect()
+    assert threads
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_a_file_that_is_deleted_or_replaced_stays_what_was_opened(make, tmp_path):
@@ -207,10 +220,7 @@ def test_an_error_in_the_thread_is_one_in_training_and_the_thread_ends(make, tmp
     threads = set(streamed.staging._thread._threads)
     assert {thread.is_alive() for thread in threads} == {True}
     del streamed, model
-    gc.collect()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    all_end(threads)
 
 
 def test_a_file_that_holds_something_else_is_refused(make, tmp_path):

@@ -13,9 +13,10 @@ from llamanb import disk
 from llamanb.data.encode import load_tokenizer
 from llamanb.errors import DiskFullError, ModelError
 from llamanb.model import attach_adapters, load_model
+from llamanb.model.homes import DiskLayer, HostLayer
 from llamanb.model.load import piecewise_model
 from llamanb.model.quantized import QuantizedLayers
-from llamanb.model.streamed import DiskLayer, HostLayer, StreamedLayers
+from llamanb.model.streamed import StreamedLayers
 from llamanb.tiny import CHECKPOINT
 from llamanb.training import train
 from tests.unit.test_streamed_training import assert_same, laid_out, quantizations, recipe, weights
@@ -49,9 +50,16 @@ def loaded(**more):
     return load_model(made, load_tokenizer(CHECKPOINT))
 
 
-def readers() -> list[str]:
+def readers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("llamanb-disk")}
+
+
+def all_end(threads):
     gc.collect()
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("llamanb-disk")]
+    assert threads
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(("on_disk", "streamed"), [(ALL, ALL), ((0, 2), ALL), ((3,), (1, 3))])
@@ -61,15 +69,14 @@ def test_losses_scores_and_adapter_are_those_of_resident_weights(
     during, visit = set(), StreamedLayers.visit
 
     def visited(self, number):
-        during.update(thread.name for thread in threading.enumerate() if "llamanb-disk" in thread.name)
+        during.update(readers())
         visit(self, number)
 
     monkeypatch.setattr(StreamedLayers, "visit", visited)
     for again in (False, True):  # the second time with the files that the first one made
         run = train(waiting(recipe(), on_disk, streamed), runs=tmp_path / f"{again}")
         assert_same(run, resident)
-    assert during, "a thread reads"
-    assert readers() == [], "and ends with the training"
+    all_end(during)
 
 
 def test_only_what_has_no_room_waits_on_disk_and_is_read_from_the_files_that_are_kept(cache, monkeypatch):
@@ -101,10 +108,11 @@ def spoil(path):
 
 
 def test_a_file_that_is_spoiled_in_a_training_ends_it_and_the_next_one_goes_on(resident, cache, tmp_path, monkeypatch):
-    visits, visit = [], StreamedLayers.visit
+    visits, during, visit = [], set(), StreamedLayers.visit
 
     def visited(self, number):
         visits.append(number)
+        during.update(readers())
         if self.copied and len(visits) == at:
             spoil(cache() / "layer-0002.safetensors")
         visit(self, number)
@@ -117,7 +125,7 @@ def test_a_file_that_is_spoiled_in_a_training_ends_it_and_the_next_one_goes_on(r
         train(plan, runs=tmp_path)
     assert "train again" in caught.value.fix
     del caught
-    assert readers() == []
+    all_end(during)
     again = train(plan, runs=tmp_path)
     assert again.losses == right.losses == resident.losses
 
