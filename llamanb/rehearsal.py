@@ -55,14 +55,16 @@ def rehearse(plan: Plan) -> Plan:
 
     Raises:
         GpuError: there is no GPU, or one of another capability or size than the plan's.
-        RecipeError: only some of the plan's layers are streamed: trials stream all of theirs or none.
+        RecipeError: only some of the plan's layers are streamed, or some wait on disk: trials stream all of theirs from
+            host memory, or none.
         DoesNotFitError: the trials show that the plan does not fit, however its layers are laid out.
     """
     card = plan.card
     if not card.is_gpu:
         raise GpuError("nothing to rehearse", "the plan is for a CPU, and predicts no memory", "plan for a GPU")
-    if plan.streamed and len(plan.streamed) < len(plan.layers):
-        why = f"of {len(plan.layers)} layers {len(plan.streamed)} are, and trials have a few, streamed or not"
+    held = len(plan.streamed) - len(plan.on_disk)
+    if plan.streamed and held < len(plan.layers):
+        why = f"of {len(plan.layers)} layers {held} wait in host memory, and trials have a few, streamed so or not"
         raise RecipeError(
             "a plan that streams some layers cannot be rehearsed", why, "train: the first steps show what they take"
         )

@@ -10,8 +10,10 @@ import pytest
 from llamanb import Card, Recipe, disk, plan
 from llamanb.architecture import architecture
 from llamanb.copies import HOST_GIB, room_in_memory, room_with_disk
+from llamanb.errors import RecipeError
 from llamanb.layout import GIB, Plan
 from llamanb.planner import DoesNotFitError, workload_of
+from llamanb.rehearsal import rehearse
 from llamanb.speed import shares, step_time
 from llamanb.streaming import TOKENS, in_its_machine, tokens_that_hide
 from llamanb.tape import spread, streamed_bytes
@@ -132,6 +134,13 @@ def test_when_memory_runs_out_what_waits_on_disk_stays_there():
     less = smaller(made)
     assert (less.streamed, less.on_disk) == (made.streamed, made.on_disk)
     assert less.needs_gib < made.needs_gib
+
+
+def test_what_waits_on_disk_cannot_be_rehearsed_even_where_all_layers_are_streamed():
+    made = plan(streamed(rank=8), COLAB)
+    with pytest.raises(RecipeError, match="cannot be rehearsed") as caught:
+        rehearse(made.replace(streamed=tuple(range(80))))
+    assert f"of 80 layers {80 - len(made.on_disk)} wait in host memory" in caught.value.why
 
 
 def test_cards_share_the_memory_and_what_the_disk_reads():

@@ -9,11 +9,10 @@ import pytest
 
 from llamanb import Card, Recipe, plan
 from llamanb.architecture import architecture
-from llamanb.errors import HostMemoryError, RecipeError
+from llamanb.errors import HostMemoryError
 from llamanb.layout import GIB
 from llamanb.memory import outline, predict, tape_peaks
 from llamanb.planner import DoesNotFitError, workload, workload_of
-from llamanb.rehearsal import rehearse
 from llamanb.speed import step_time
 from llamanb.streaming import HOST_GIB, TOKENS, tokens_that_hide
 from llamanb.tape import CHECKPOINTED, FORWARD, HALVED, LOAD, STORED, record_steady, spread, streamed_bytes
@@ -216,8 +215,3 @@ def test_a_training_that_has_no_host_memory_is_refused_before_anything_is_read(t
     with pytest.raises(HostMemoryError, match=r"9\.0 GiB there, and 2 more to work with; 8\.0 are free"):
         train(made, runs=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_it_cannot_be_rehearsed():
-    with pytest.raises(RecipeError, match="cannot be rehearsed"):
-        rehearse(plan(streamed(), "RTX 4090"))
