@@ -38,7 +38,7 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None, streams
         plan: made for the model; its `layers` are laid out.
         tokenizer: whose padding and end tokens the model gets.
         shape: random weights of this shape instead of the recipe's checkpoint, made on the device.
-        streams: brings streamed layers to the card; None: StreamedLayers.
+        streams: of several ranks (scale/sharded.py): what brings the layers to the card that they share; None: alone.
     """
     recipe = plan.recipe
     attention.register()
@@ -50,7 +50,7 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None, streams
     quantization = _quantization(recipe, config, DTYPES[plan.dtype])
     try:
         if plan.streamed:
-            model = piecewise_model(plan, config, folder, streams if plan.shards > 1 else None)
+            model = piecewise_model(plan, config, folder, streams)
         else:
             model = LlamaForCausalLM.from_pretrained(
                 folder,

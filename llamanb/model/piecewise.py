@@ -22,7 +22,7 @@ from llamanb import disk
 from llamanb.errors import ModelError
 from llamanb.layout import Plan
 from llamanb.model.homes import DiskLayer
-from llamanb.model.quantized import QuantizedLayers
+from llamanb.model.quantized import QuantizedLayers, now_and_then
 from llamanb.model.streamed import HostEmbedding, StreamedLayers
 from llamanb.model.weight_files import Span, WeightFile
 from llamanb.recipe import Recipe
@@ -66,10 +66,13 @@ def load_planned(
                 until_loaded.enter_context(tempfile.TemporaryDirectory(prefix="random-", dir=disk.layers_folder()))
             )
         if home:
-            source = quantized(source, home, config, plan.recipe, dtype, device, plan.on_disk)
+            together = streams.make_together if streams else None
+            source = quantized(source, home, config, plan.recipe, dtype, device, plan.on_disk, together)
         where = {"dtype": dtype, "device": device, "attention": plan.attention}
+        where |= {"streamed": plan.streamed, "on_disk": plan.on_disk}
+        says = streams is None or streams.says
         model = load_piecewise(
-            config, plan.recipe, source, streamed=plan.streamed, on_disk=plan.on_disk, streams=streams, **where
+            config, plan.recipe, source, streams=streams if plan.shards > 1 else None, says=says, **where
         )
         if plan.on_disk:
             said = disk.measure(model.streamed.hosts[plan.on_disk[0]].path)
@@ -91,6 +94,7 @@ def load_piecewise(
     attention: str,
     on_disk: Collection[int] = (),
     streams=None,
+    says: bool = True,
 ) -> LlamaForCausalLM:
     """A Llama in 4 bits, with the weights of its `streamed` layers in host memory, or of some of them on disk
     (`on_disk`), and its token embedding where the head is not the same; as its `streamed` the StreamedLayers that bring
@@ -101,6 +105,7 @@ def load_piecewise(
         dtype: of arithmetic, and of what is not quantized.
         attention: transformers' name of it.
         streams: in the place of StreamedLayers, with a `home` for each layer.
+        says: whether to print how far it has come, where that takes long.
 
     Raises ModelError where a weight is not stored.
     """
@@ -119,8 +124,9 @@ def load_piecewise(
         elif not name.endswith("_proj.weight") and name not in tied:
             made = nn.Parameter(read(name).to(device, dtype), requires_grad=False)
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], made)
-    hosts = {}
+    hosts, tell = {}, now_and_then(says)
     for number, layer in enumerate(decoder.layers):
+        tell(f"{number} of {len(decoder.layers)} layers loaded")
         for part in (layer.self_attn, layer.mlp):
             for name, child in list(part.named_children()):
                 if isinstance(child, nn.Linear):
@@ -147,8 +153,11 @@ def quantized(
     dtype: torch.dtype,
     device: torch.device,
     on_disk: Collection[int] = (),
+    together: Callable[[QuantizedLayers, int], None] | None = None,
 ) -> Source:
-    """The same with its layers in 4 bits. Those of 16 bits are quantized once, and kept in `home` for the next time.
+    """The same with its layers in 4 bits. Those of 16 bits are quantized once, and kept in `home` for the next time;
+    `together` has each of several ranks do it with some of them first.
+
     Raises SafetensorError or OSError for a file that cannot be read, DiskFullError where layers that wait on disk have
     no room."""
     read, stored, _ = source
@@ -161,6 +170,8 @@ def quantized(
     of_layer = {name: number for number, names in layers.items() for name in names}
     cache = QuantizedLayers(home, read, layers, recipe, dtype, device, on_disk)
     constants = QuantizedLayers.constants(recipe)
+    if together:
+        together(cache, config.num_hidden_layers)
 
     def layer_of(name: str) -> int | None:
         return of_layer.get(f"{name.partition('.weight')[0]}.weight")

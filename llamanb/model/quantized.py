@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -29,6 +30,8 @@ from llamanb.tape.workload import BLOCK
 from llamanb.timeline import replace_text
 
 MANIFEST = "manifest.json"
+EVERY_S = 15.0
+"""Seconds between what loading says of how far it has come."""
 MEND = "train again: a layer that is not what was written is made again, and training goes on from its last checkpoint"
 
 
@@ -58,7 +61,8 @@ class QuantizedLayers:
         self.home, self.read, self.names, self.dtype, self.device = home, read, names, dtype, device
         self.options = {"compress_statistics": recipe.double_quant, "quant_type": recipe.quantization}
         self.files: dict[int, WeightFile] = dict.fromkeys(on_disk)
-        self._hashes = self._noted()
+        self.hashes = self._noted()
+        """Of the files that hold what they should, by name."""
         self._at, self._tensors = -1, {}
 
     @staticmethod
@@ -84,6 +88,10 @@ class QuantizedLayers:
             self._at = number
         return self._tensors
 
+    def note(self) -> None:
+        """Writes down which files hold. Raises OSError."""
+        replace_text(self.home / MANIFEST, json.dumps(self.hashes))
+
     def _file(self, number: int) -> Path:
         return self.home / f"layer-{number:04d}.safetensors"
 
@@ -96,14 +104,14 @@ class QuantizedLayers:
 
     def _kept(self, number: int) -> dict[str, Tensor] | None:
         path = self._file(number)
-        if path.name not in self._hashes:
+        if path.name not in self.hashes:
             return None
         try:
             file = WeightFile(path, MEND) if number in self.files else None
             data = file.content() if file else path.read_bytes()
         except (OSError, ModelError):
             return None
-        if hashlib.sha256(data).hexdigest() != self._hashes[path.name]:
+        if hashlib.sha256(data).hexdigest() != self.hashes[path.name]:
             print(f"{path} is not what was written there: it is made again", flush=True)
             return None
         self.files |= {number: file} if file else {}
@@ -125,7 +133,7 @@ class QuantizedLayers:
         data, path, waits = save(made), self._file(number), number in self.files
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            still = [n for n in self.files if n == number or self._file(n).name not in self._hashes]
+            still = [n for n in self.files if n == number or self._file(n).name not in self.hashes]
             need, free = len(data) * len({*still, number}) + SPARE_GIB * GIB, shutil.disk_usage(self.home).free
             if free < need:
                 if waits:
@@ -137,8 +145,8 @@ class QuantizedLayers:
             new.replace(path)
             if file:
                 file.path, self.files[number] = path, file
-            self._hashes[path.name] = hashlib.sha256(data).hexdigest()
-            replace_text(self.home / MANIFEST, json.dumps(self._hashes))
+            self.hashes[path.name] = hashlib.sha256(data).hexdigest()
+            self.note()
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.with_suffix(f".{os.getpid()}").unlink()
@@ -164,3 +172,16 @@ class QuantizedLayers:
             "free some room (the folders beside that one hold the layers of other models), set HF_HOME to a larger "
             "disk, or take a machine with more memory",
         )
+
+
+def now_and_then(says: bool) -> Callable[[str], None]:
+    """Prints what it is told where it `says` anything, and EVERY_S have gone by."""
+    said_s = time.monotonic()
+
+    def tell(words: str) -> None:
+        nonlocal said_s
+        if says and time.monotonic() - said_s >= EVERY_S:
+            said_s = time.monotonic()
+            print(words, flush=True)
+
+    return tell

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llamanb.attempts import is_out_of_memory
+from llamanb.model.quantized import QuantizedLayers, now_and_then
 from llamanb.model.streamed import HostLayer, StreamedLayers
 from llamanb.scale.peers import Peers
 from llamanb.tape.workload import ALIGNED
@@ -119,7 +120,19 @@ class Sharing:
     """Makes a rank's shards, and what gathers them: what loading asks for in the place of StreamedLayers."""
 
     def __init__(self, ranks: Peers):
-        self.ranks = ranks
+        self.ranks, self.says = ranks, ranks.number == 0
+
+    def make_together(self, cache: QuantizedLayers, depth: int) -> None:
+        """Has each rank quantize some of the layers that are to be kept on disk, from where all then read them."""
+        tell = now_and_then(self.says)
+        for number in range(self.ranks.number, depth, self.ranks.count):
+            tell(f"{number} of {depth} layers in 4 bits, by {self.ranks.count} ranks")
+            cache.layer(number)
+        for hashes in self.ranks.all_of(cache.hashes):
+            cache.hashes |= hashes
+        if self.says:
+            with contextlib.suppress(OSError):  # else the next training quantizes again
+                cache.note()
 
     def home(self, layer: nn.Module, device: torch.device) -> Shard:
         return Shard(layer, self.ranks, device)

@@ -190,7 +190,7 @@ def test_only_loading_and_fused_layers_know_streamed_ones():
     """They are counted apart too (docs/decisions/0019)."""
     assert _uses("llamanb.model.streamed") == {"model/fused", "model/piecewise", "scale/sharded"}
     assert _uses("llamanb.model.piecewise") == {"model/load"}
-    assert _uses("llamanb.model.quantized") == {"model/piecewise"}
+    assert _uses("llamanb.model.quantized") == {"model/piecewise", "scale/sharded"}
     assert _uses("llamanb.model.weight_files") == {f"model/{user}" for user in ("homes", "piecewise", "quantized")}
     assert _uses("llamanb.model.homes") == {"model/piecewise", "model/streamed"}
     assert _uses("llamanb.copies") == {"speed", "streaming"}

@@ -21,6 +21,7 @@ from llamanb.scale.launch import _why
 from llamanb.scale.launched import launched
 from llamanb.scale.lead import require_even
 from llamanb.scale.peers import Peers, _buckets, require_own_gpus
+from llamanb.scale.sharded import Sharing
 from llamanb.tape import streamed_bytes
 from llamanb.tiny import DEFAULTS
 from llamanb.training.recovery import smaller
@@ -146,6 +147,32 @@ def test_the_end_of_another_rank_is_an_error_of_ours(tmp_path, what):
     done = subprocess.run(command, env=environment[0], capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert other.wait(60) == 9
     assert "RankEnded: another of the 2 ranks has ended" in done.stdout, done.stdout + done.stderr
+
+
+def test_each_rank_quantizes_some_layers_and_reads_the_others(capsys, monkeypatch):
+    made, written = [], []
+
+    class Cache:
+        def __init__(self):
+            self.hashes = {}
+
+        def layer(self, number):
+            made.append(number)
+            self.hashes[number] = f"hash {number}"
+
+        def note(self):
+            written.append(dict(self.hashes))
+
+    monkeypatch.setattr("llamanb.model.quantized.EVERY_S", 0)
+    monkeypatch.setattr(Peers, "all_of", lambda ranks, mine: [mine, {n: f"hash {n}" for n in range(5)}])
+    for rank, own in enumerate(([0, 2, 4], [1, 3])):
+        cache = Cache()
+        Sharing(Peers(rank, 2)).make_together(cache, 5)
+        assert made == own
+        assert sorted(cache.hashes) == [0, 1, 2, 3, 4]
+        assert len(written) == 1, "rank 0 writes down what all made"
+        made.clear()
+    assert capsys.readouterr().out.splitlines() == [f"{n} of 5 layers in 4 bits, by 2 ranks" for n in (0, 2, 4)]
 
 
 def test_two_ranks_on_one_gpu_are_refused():
