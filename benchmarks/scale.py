@@ -1,6 +1,6 @@
 """Data parallel on several GPUs of one machine: tokens a second beside one card's, and what adding up takes.
 
-    python -m benchmarks.scale run OUT [--cards 1,2] [--rows 8b-2048,8b-512]
+    python -m benchmarks.scale run OUT [--cards 1,2] [--rows 8b-2048,8b-512]     tiny: on CPUs, to try the script
     python -m benchmarks.scale report OUT [OUT ...]
 
 Random weights of the real shape, the same rows, effective batch and micro-batch on one card and on several, each
@@ -22,6 +22,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.speed_worker import Gpu
 from llamanb import Card, Recipe
 from llamanb.architecture import architecture
 from llamanb.layout import GIB
@@ -35,6 +36,7 @@ ROWS: dict[str, dict] = {
     "70b-24": {"model": "meta-llama/Llama-3.3-70B-Instruct", "card": "RTX 4090", "length": 2048, "batch": 8},
     "8b-6": {"model": "meta-llama/Llama-3.1-8B-Instruct", "card": "T4", "free_gib": 6.0, "length": 1024, "batch": 16},
     "1b-2048": {"model": "meta-llama/Llama-3.2-1B-Instruct", "length": 2048, "batch": 16, "micro": 4},
+    "tiny": {"model": "tiny", "length": 32, "batch": 4, "micro": 1},
 }
 """`card`: each GPU is held to it, to `free_gib` of it where that is said; a model that has no room there is shared."""
 STEPS, WARM = 8, 2
@@ -57,7 +59,6 @@ def measure(name: str) -> dict | None:
     from llamanb.quiet import quiet_libraries
     from llamanb.rehearsal import _tokenizer, random_rows
     from llamanb.training.trainer import build_trainer
-    from llamanb.watch.instants import Instants
 
     row = ROWS[name]
     card = Card.pretend(row["card"]) if "card" in row else Card.here()
@@ -78,25 +79,27 @@ def measure(name: str) -> dict | None:
     rows = random_rows(shape.vocabulary, row["length"], made.micro_batch_size, STEPS * row["batch"])
     data = TrainingData("random", "token ids", tokenizer, rows, [], [], [])
     ends: list[float] = []
-    instants = Instants()
+    gpu = Gpu("cuda" if made.card.is_gpu else "cpu", None)
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
         model = attach_adapters(load_model(made, tokenizer, shape, ranks.streams), recipe)
-        torch.cuda.empty_cache()
+        gpu.rest()
+        gpu.reset()
         trainer = build_trainer(made, model, data, Path(folder), ranks.watchers(None), ranks=ranks)
         trainer.args.train_sampling_strategy = "sequential"
-        instants.attach(trainer)
-        trainer.add_callback(_clock(ends))
+        trainer.add_callback(_clock(ends, gpu))
         trainer.train()
     step_s = statistics.median(later - earlier for earlier, later in zip(ends[WARM:-1], ends[WARM + 1 :], strict=True))
-    adding_s = _adding_s(ranks, model)
-    free, total = torch.cuda.mem_get_info()
-    beside = (total - free - torch.cuda.memory_reserved()) / GIB  # the context, kernels, and what NCCL takes
+    reserved = gpu.memory()["reserved_gib"] or 0.0
+    adding_s = _adding_s(ranks, model, gpu)
+    free, total = torch.cuda.mem_get_info() if gpu.here else (0, 0)
+    held = torch.cuda.memory_reserved() if gpu.here else 0
+    beside = (total - free - held) / GIB  # the context, kernels, and what NCCL takes
     losses = [round(x, 5) for x in _losses(trainer)]
-    said = ranks.all_of({"reserved": instants.reserved / GIB, "beside_torch": beside, "loss": losses})
+    said = ranks.all_of({"reserved": reserved, "beside_torch": beside, "loss": losses})
     found = {
         "row": name,
         "cards": ranks.count,
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": made.card.name,
         "micro_batch": made.micro_batch_size,
         "accumulation": made.accumulation,
         "shards": made.shards,
@@ -104,7 +107,7 @@ def measure(name: str) -> dict | None:
         "step_s": step_s,
         "tokens_s": row["batch"] * row["length"] / step_s,
         "adding_up_s": adding_s,
-        "sums_s": _sums_s(ranks),
+        "sums_s": _sums_s(ranks, gpu),
         "ranks": said,
     }
     if ranks.count > 1:
@@ -116,50 +119,47 @@ def _losses(trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def _clock(ends: list[float]):
+def _clock(ends: list[float], gpu: Gpu):
     """Notes when each step's work is done."""
-    import torch
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            torch.cuda.synchronize()
+            gpu.sync()
             ends.append(time.monotonic())
 
     return Clock()
 
 
-def _adding_s(ranks, model) -> float:
+def _adding_s(ranks, model, gpu: Gpu) -> float:
     """Seconds of one step's sum of all gradients."""
     import torch
 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    return _median_s(ranks, lambda: ranks.summed(torch.zeros((), device="cuda"), model.parameters()))
+    return _median_s(ranks, gpu, lambda: ranks.summed(torch.zeros(()), model.parameters()))
 
 
-def _sums_s(ranks) -> dict[int, float]:
+def _sums_s(ranks, gpu: Gpu) -> dict[int, float]:
     """Seconds of one all-reduce of so many MiB of fp32."""
     import torch
 
     if ranks.count == 1:
         return {}
-    buffers = {size: torch.zeros(size * 2**18, device="cuda") for size in SIZES_MIB}
+    buffers = {size: torch.zeros(size * 2**18, device="cuda" if gpu.here else "cpu") for size in SIZES_MIB}
     sums = {size: functools.partial(torch.distributed.all_reduce, buffer) for size, buffer in buffers.items()}
-    return {size: _median_s(ranks, add_up) for size, add_up in sums.items()}
+    return {size: _median_s(ranks, gpu, add_up) for size, add_up in sums.items()}
 
 
-def _median_s(ranks, work) -> float:
-    import torch
-
+def _median_s(ranks, gpu: Gpu, work) -> float:
     taken = []
     for _ in range(12):
-        torch.cuda.synchronize()
+        gpu.sync()
         ranks.all_of(None)
         begin = time.monotonic()
         work()
-        torch.cuda.synchronize()
+        gpu.sync()
         taken.append(time.monotonic() - begin)
     return statistics.median(taken[2:])
 
@@ -206,7 +206,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run")
     one.add_argument("out", type=Path)
-    one.add_argument("--rows", default=",".join(ROWS))
+    one.add_argument("--rows", default=",".join(name for name in ROWS if name != "tiny"))
     one.add_argument("--cards", default="1,2")
     one = commands.add_parser("one")
     one.add_argument("name", choices=ROWS)
