@@ -56,10 +56,12 @@ def look(begin: int, trains: Callable[[int], bool | None]) -> None:
         length = min(max(nearer // STEP * STEP, good + STEP), bad - STEP)
 
 
-def one_try(stack: str, length: int, checkpoints: Path, site: str, log, clock: Clock) -> dict:
+def one_try(
+    stack: str, length: int, checkpoints: Path, site: str, log, clock: Clock, model: str = MODEL, device: str = "cuda"
+) -> dict:
     """What became of two steps of one row of so many tokens."""
-    settings = {"stack": stack, "model": MODEL, "card": CARD, "limit_gib": Card.known(CARD).free_gib, "device": "cuda"}
-    settings |= {"checkpoint": str(checkpoints / MODEL), "mode": "unsloth", "longest": length, "rank": RANK}
+    settings = {"stack": stack, "model": model, "card": CARD, "limit_gib": Card.known(CARD).free_gib, "device": device}
+    settings |= {"checkpoint": str(checkpoints / model), "mode": "unsloth", "longest": length, "rank": RANK}
     session = {"length": length, "micro": 1, "effective": 1, "rows": 3, "lengths": "", "warm_steps": 2}
     session["options"] = {"rank": str(RANK), "effective_batch_size": "1"} if stack == "llamanb" else {}
     worker = Worker(settings, site if stack == "unsloth" else "", log)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.longest import MODEL, MOST, RANK, STEP, look, planned_longest, report
+from benchmarks.longest import MODEL, MOST, RANK, STEP, look, one_try, planned_longest, report
+from benchmarks.speed_processes import Clock
 from benchmarks.speed_rows import MODELS
 from llamanb import Recipe, plan
 
@@ -38,6 +39,16 @@ def test_the_longest_planned_fits_and_the_next_does_not():
     longest = planned_longest(recipe, "T4")
     fits = [plan(recipe.replace(max_length=n), "T4", force=True).fits for n in (longest, longest + STEP)]
     assert fits == [True, False]
+
+
+@pytest.mark.slow
+def test_a_try_takes_two_steps(tmp_path):
+    """Of the tiny Llama, on a CPU."""
+    with (tmp_path / "log").open("w") as log:
+        found = one_try("llamanb", 64, tmp_path, "", log, Clock(120.0), "tiny", "cpu")
+    assert found["status"] == "trains", found
+    assert found["warm_s"] > 0
+    assert (found["micro"], found["accumulation"]) == (1, 1)
 
 
 def test_the_report_says_what_trains():
