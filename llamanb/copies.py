@@ -1,5 +1,5 @@
 """Where weights wait that are not on the card, and how long they take to come: host memory holds as many layers as it
-has room for, and the disk the rest."""
+has room for, and the disk the rest. And the inputs of offloaded layers, which wait in host memory too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 from llamanb.card import Card
 from llamanb.disk import GBS, SPARE_GIB
-from llamanb.tape import BYTES, Workload, streamed_bytes
+from llamanb.tape import BYTES, CHECKPOINTED, OFFLOADED, Workload, streamed_bytes
 from llamanb.tape.workload import BUFFERS, STAGED, spread
 
 HOST_GIB = 2.0
@@ -53,6 +53,22 @@ def waiting_bytes(work: Workload, card: Card) -> tuple[int, int]:
     below, size = len(on_disk(work, card)), streamed_bytes(work)
     layers = work.streamed - below + (STAGED if below else 0) if work.shards == 1 else 0
     return layers * size + embedding_bytes(work), below * size
+
+
+def input_bytes(work: Workload) -> int:
+    """Of a layer's input in host memory: torch takes pinned memory in powers of two."""
+    return 1 << (work.tokens * work.model.hidden * BYTES[work.dtype] - 1).bit_length()
+
+
+def least_kept(work: Workload, card: Card) -> tuple[str, ...]:
+    """What takes least of the card: inputs of as many layers in host memory as that has room for, beside the weights
+    that wait there; the others recomputed from the card."""
+    depth = len(work.layers)
+    if card.host_gib is None:
+        return (OFFLOADED,) * depth
+    room = (card.host_gib - HOST_GIB) * GIB - waiting_bytes(work, card)[0]
+    offloaded = max(0, min(depth, math.floor(room / input_bytes(work))))
+    return (OFFLOADED,) * offloaded + (CHECKPOINTED,) * (depth - offloaded)
 
 
 def embedding_bytes(work: Workload) -> int:

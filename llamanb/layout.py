@@ -77,6 +77,8 @@ class Plan:
     """Those of them that wait on disk instead, since host memory has no room for them."""
     disk_gib: float = 0.0
     """Of the disk that these take."""
+    offloaded_gib: float = 0.0
+    """Host memory that the inputs of offloaded layers take."""
     limit_gib: float | None = None
     """What of the card is planned with: `free_gib` less a margin."""
     steps: int | None = None
@@ -173,9 +175,10 @@ class Plan:
 
     def _layout(self) -> str:
         counts = {kind: self.layers.count(kind) for kind in LAYER_WORDS if kind in self.layers}
+        waits = f" ({self.offloaded_gib:.1f} GiB)" if self.offloaded_gib else ""
         if len(counts) < 2:
-            return LAYER_WORDS[next(iter(counts), STORED)]
-        return "; ".join(f"{count} layers {LAYER_WORDS[kind]}" for kind, count in counts.items())
+            return LAYER_WORDS[next(iter(counts), STORED)] + waits
+        return "; ".join(f"{count} layers {LAYER_WORDS[kind]}" for kind, count in counts.items()) + waits
 
     def _run_time(self) -> str:
         recipe = self.recipe

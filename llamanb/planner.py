@@ -190,7 +190,7 @@ def smallest_fits(recipe: Recipe, card: Card, model: Architecture, gaps: float =
     base = workload(
         recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length, fused=fused
     )
-    least = smallest(recipe, base, streaming.rooms(recipe, base, card)[-1])
+    least = smallest(recipe, base, card, streaming.rooms(recipe, base, card)[-1])
     return outline(least).allocated * (1 + gaps) <= _limit(recipe, card)
 
 

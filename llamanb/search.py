@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llamanb.card import Card
+from llamanb.copies import least_kept
 from llamanb.memory import Memory, outline, predict
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime, step_time
@@ -48,7 +49,7 @@ def fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[C
     them: then none fits. Weights wait in host memory, or on disk, where nothing fits without that (rooms)."""
     *least, most = rooms(recipe, base, card)
     for room in least:
-        if outline(smallest(recipe, base, room)).allocated <= limit:
+        if outline(smallest(recipe, base, card, room)).allocated <= limit:
             best, others = _fastest(recipe, card, base, limit, room)
             if best.memory.reserved <= limit:
                 return best, others
@@ -72,7 +73,7 @@ def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float, room: int
         last = _replayed(last, card, limit, recipe, room)
         if last.memory.reserved <= limit:
             return last, found[:-1]
-    least = smallest(recipe, base, room)
+    least = smallest(recipe, base, card, room)
     return _candidate(least, card, predict(least)), found
 
 
@@ -91,11 +92,11 @@ def _with_rows(recipe: Recipe, base: Workload, rows: int) -> Workload:
     return base.replace(rows=rows, accumulation=recipe.effective_batch_size // rows)
 
 
-def smallest(recipe: Recipe, base: Workload, room: int = 0) -> Workload:
-    """The layout that takes least, with at most `room` layers streamed."""
-    kind = AS_ASKED.get(recipe.checkpointing, OFFLOADED)
-    work = _with_rows(recipe, base, recipe.micro_batch_size or 1)
-    return work.replace(layers=(kind,) * len(base.layers), streamed=room or base.streamed)
+def smallest(recipe: Recipe, base: Workload, card: Card, room: int = 0) -> Workload:
+    """The layout that takes least of the card, with at most `room` layers streamed."""
+    work = _with_rows(recipe, base, recipe.micro_batch_size or 1).replace(streamed=room or base.streamed)
+    kinds = least_kept(work, card) if recipe.checkpointing == "auto" else (AS_ASKED[recipe.checkpointing],)
+    return work.replace(layers=kinds * (len(base.layers) // len(kinds)))
 
 
 def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: float) -> Candidate:

@@ -10,11 +10,21 @@ from dataclasses import replace
 
 from llamanb import disk
 from llamanb.card import Card
-from llamanb.copies import GIB, HOST_GIB, copies_s, on_disk, reads_s, room_in_memory, room_with_disk, waiting_bytes
+from llamanb.copies import (
+    GIB,
+    HOST_GIB,
+    copies_s,
+    input_bytes,
+    on_disk,
+    reads_s,
+    room_in_memory,
+    room_with_disk,
+    waiting_bytes,
+)
 from llamanb.machine import host_memory
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime, shares, step_time
-from llamanb.tape import Workload
+from llamanb.tape import OFFLOADED, Workload
 
 TRIED = 3
 """Numbers of streamed layers that are looked at, from as few as fit to all."""
@@ -38,9 +48,10 @@ def in_its_machine(card: Card | str | None, host_gib: float | None = None, cards
 
 
 def where_they_wait(work: Workload, card: Card) -> dict:
-    """A plan's fields for what the workload streams."""
+    """A plan's fields for what the workload streams, and offloads."""
     held, below = waiting_bytes(work, card)
-    return {"on_disk": on_disk(work, card), "streamed_gib": held / GIB, "disk_gib": below / GIB}
+    found = {"on_disk": on_disk(work, card), "streamed_gib": held / GIB, "disk_gib": below / GIB}
+    return found | {"offloaded_gib": work.layers.count(OFFLOADED) * input_bytes(work) / GIB}
 
 
 def can_stream(recipe: Recipe) -> bool:

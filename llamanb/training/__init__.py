@@ -268,13 +268,13 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
 
 
 def _require_host_memory(plan: Plan) -> None:
-    """Raises HostMemoryError where the weights of streamed layers have no room, before anything is fetched."""
-    _, available, limit = host_memory()
-    need, free = plan.streamed_gib + HOST_GIB, min(available, limit)
-    if plan.streamed and need > free:
+    """Raises HostMemoryError where weights of streamed layers, or inputs of offloaded ones, have no room, before
+    anything is fetched."""
+    waits, free = plan.streamed_gib + plan.offloaded_gib, min(host_memory()[1:])
+    if waits and waits + HOST_GIB > free:
         raise HostMemoryError(
-            f"there is too little host memory for the weights of {len(plan.streamed)} layers",
-            f"they take {plan.streamed_gib:.1f} GiB there, and {HOST_GIB:g} more to work with; {free:.1f} are free",
+            f"there is too little host memory for {'the weights' if plan.streamed else 'the inputs'} of layers",
+            f"{waits:.1f} GiB wait there, and {HOST_GIB:g} more are needed to work with; {free:.1f} are free",
             "end other programs; a machine with more memory; a smaller model; or a card that holds more of the layers",
         )
 

@@ -193,7 +193,7 @@ def test_only_loading_and_fused_layers_know_streamed_ones():
     assert _uses("llamanb.model.quantized") == {"model/piecewise", "scale/sharded"}
     assert _uses("llamanb.model.weight_files") == {f"model/{user}" for user in ("homes", "piecewise", "quantized")}
     assert _uses("llamanb.model.homes") == {"model/piecewise", "model/streamed"}
-    assert _uses("llamanb.copies") == {"speed", "streaming"}
+    assert _uses("llamanb.copies") == {"search", "speed", "streaming"}
     assert _uses("llamanb.streaming") == {"search", "planner", "advice", "training/__init__"}
 
 

@@ -142,7 +142,7 @@ def test_layers_are_laid_out_as_asked_whether_they_fit_or_not(checkpointing, kin
 def test_where_nothing_fits_the_smallest_is_told_with_all_that_was_tried():
     best, others, limit = searched(asked(EIGHT), limit_gib=5)
     assert best.memory.reserved > limit
-    assert best.work == smallest(asked(EIGHT), base_of(asked(EIGHT)))
+    assert best.work == smallest(asked(EIGHT), base_of(asked(EIGHT)), Card.known("T4"))
     assert (best.work.rows, set(best.work.layers)) == (1, {OFFLOADED})
     assert [one.work.rows for one in others] == [16, 8, 4, 2, 1]
 
@@ -165,7 +165,7 @@ def test_gaps_that_were_guessed_too_small_are_made_up_for(monkeypatch):
 
 def test_gaps_that_were_guessed_too_large_refuse_nothing(monkeypatch):
     recipe = asked(EIGHT, checkpointing="all", micro_batch_size=1)
-    needed = predict(smallest(recipe, base_of(recipe)))
+    needed = predict(smallest(recipe, base_of(recipe), Card.known("T4")))
     limit_gib = (needed.reserved + 1) / GIB
     monkeypatch.setattr(module, "GAPS_LEAST", GIB)
     best, _, limit = searched(recipe, limit_gib=limit_gib)

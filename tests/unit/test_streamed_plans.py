@@ -15,7 +15,7 @@ from llamanb.memory import outline, predict, tape_peaks
 from llamanb.planner import DoesNotFitError, workload, workload_of
 from llamanb.speed import step_time
 from llamanb.streaming import HOST_GIB, TOKENS, tokens_that_hide
-from llamanb.tape import CHECKPOINTED, FORWARD, HALVED, LOAD, STORED, record_steady, spread, streamed_bytes
+from llamanb.tape import CHECKPOINTED, FORWARD, HALVED, LOAD, OFFLOADED, STORED, record_steady, spread, streamed_bytes
 from llamanb.tape.workload import BUFFERS, EMBEDDINGS
 from llamanb.training import train
 from llamanb.training.recovery import smaller
@@ -128,7 +128,7 @@ def test_what_binds_a_step_is_named():
     slow = dataclasses.replace(Card.known("T4"), host_link_gbs=0.5)
     assert re.search(r"bound by copies, \d\d% of a step$", why(streamed(rank=8), slow))
     assert why(streamed(rank=8), "T4", host_gib=64).endswith("bound by arithmetic")
-    assert why(streamed(rank=8), "T4", host_gib=30).endswith("bound by arithmetic and host memory")
+    assert why(streamed(rank=8), "T4", host_gib=32).endswith("bound by arithmetic and host memory")
     idle = dataclasses.replace(Card.known("RTX 4090"), launch_us=1000.0, host_gib=64.0)
     assert why(streamed(rank=8), idle).endswith("copies hide behind any layer, here 8,192; bound by launches")
     unknown = dataclasses.replace(idle, tflops=None)
@@ -209,9 +209,25 @@ def test_a_recipe_of_before_still_loads(weights):
     assert Recipe.from_json(json.dumps(fields)).weights == "auto"
 
 
+def test_inputs_wait_in_host_memory_where_that_has_room_for_them():
+    """Pinned memory comes in powers of two: 8 KiB a token, 0.5 GiB for 36,864 of them."""
+    recipe = Recipe(model=EIGHT, max_length=36_864, effective_batch_size=1, weights="resident")
+    much, some = plan(recipe, "T4"), plan(recipe, "T4", host_gib=12.7)
+    assert (set(much.layers), much.offloaded_gib) == ({OFFLOADED}, 16.0)
+    assert "(16.0 GiB)" in str(much)
+    assert (some.layers.count(OFFLOADED), some.layers.count(CHECKPOINTED), some.offloaded_gib) == (21, 11, 10.5)
+    assert much.needs_gib < some.needs_gib <= some.limit_gib
+    with pytest.raises(DoesNotFitError):
+        plan(recipe, "T4", host_gib=2.0)
+
+
 def test_a_training_that_has_no_host_memory_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     made = plan(streamed("tiny", max_length=128), Card("CPU", None)).replace(streamed=(0,), streamed_gib=9.0)
     monkeypatch.setattr("llamanb.training.host_memory", lambda: (16.0, 8.0, 12.0))
-    with pytest.raises(HostMemoryError, match=r"9\.0 GiB there, and 2 more to work with; 8\.0 are free"):
+    with pytest.raises(
+        HostMemoryError, match=r"weights of layers(.|\n)*9\.0 GiB wait there, and 2 more are needed to work with; 8\.0"
+    ):
         train(made, runs=tmp_path)
+    with pytest.raises(HostMemoryError, match=r"inputs of layers(.|\n)*7\.0 GiB wait there"):
+        train(made.replace(streamed=(), streamed_gib=0.0, offloaded_gib=7.0), runs=tmp_path)
     assert list(tmp_path.iterdir()) == []
