@@ -47,7 +47,8 @@ def smaller(plan: Plan) -> Plan | None:
     found = search(free, card, shape, force=True, streamed=len(plan.streamed), shards=plan.shards)
     if found.needs_gib >= takes:
         return None
-    return _with(plan, found.micro_batch_size, found.layers).replace(memory=found.memory, time=found.time)
+    less = _with(plan, found.micro_batch_size, found.layers)
+    return less.replace(memory=found.memory, time=found.time, offloaded_gib=found.offloaded_gib)
 
 
 def _with(plan: Plan, rows: int, layers: tuple[str, ...]) -> Plan:

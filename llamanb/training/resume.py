@@ -99,7 +99,7 @@ def as_it_ran(plan: Plan, folder: Path) -> Plan:
         ]
         if was.reasons.get("layers", "").startswith(RAN_OUT) and asked[0] == asked[1]:
             kept = ("micro_batch_size", "accumulation", "layers", "memory", "time", "reasons", "alternatives")
-            return plan.replace(**{name: getattr(was, name) for name in kept})
+            return plan.replace(offloaded_gib=was.offloaded_gib, **{name: getattr(was, name) for name in kept})
     return plan
 
 

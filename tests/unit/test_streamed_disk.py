@@ -2,7 +2,6 @@
 that are not what they were."""
 
 import errno
-import gc
 import os
 import threading
 
@@ -20,6 +19,7 @@ from llamanb.tape import CHECKPOINTED, STORED
 from tests.unit.small_llama import tiny
 from tests.unit.test_fused import rows_of
 from tests.unit.test_streamed import DEEP, MIXED, assert_equal, quantized, trained
+from tests.unit.threads import all_end
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 ALL = tuple(range(DEEP))
@@ -179,15 +179,6 @@ def test_a_file_that_changes_meanwhile_is_an_error_that_names_it(make, change, w
     threads = set(streamed.staging._thread._threads)
     del caught, streamed, model
     all_end(threads)
-
-
-def all_end(threads):
-    """Once nothing else is held."""
-    gc.collect()
-    assert threads
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 def test_a_file_that_is_deleted_or_replaced_stays_what_was_opened(make, tmp_path):

@@ -2,7 +2,6 @@
 meanwhile; and a disk that has no room for them."""
 
 import errno
-import gc
 import threading
 
 import pytest
@@ -20,6 +19,7 @@ from llamanb.model.streamed import StreamedLayers
 from llamanb.tiny import CHECKPOINT
 from llamanb.training import train
 from tests.unit.test_streamed_training import assert_same, laid_out, quantizations, recipe, weights
+from tests.unit.threads import all_end
 
 ALL = (0, 1, 2, 3)
 
@@ -52,14 +52,6 @@ def loaded(**more):
 
 def readers() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("llamanb-disk")}
-
-
-def all_end(threads):
-    gc.collect()
-    assert threads
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(("on_disk", "streamed"), [(ALL, ALL), ((0, 2), ALL), ((3,), (1, 3))])

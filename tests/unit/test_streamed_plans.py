@@ -219,6 +219,10 @@ def test_inputs_wait_in_host_memory_where_that_has_room_for_them():
     assert much.needs_gib < some.needs_gib <= some.limit_gib
     with pytest.raises(DoesNotFitError):
         plan(recipe, "T4", host_gib=2.0)
+    shorter = plan(recipe.replace(max_length=20_480), "T4")
+    less = smaller(shorter)
+    assert less.layers.count(OFFLOADED) > shorter.layers.count(OFFLOADED)
+    assert less.offloaded_gib == less.layers.count(OFFLOADED) / 4, "what is done when memory runs out says so too"
 
 
 def test_a_training_that_has_no_host_memory_is_refused_before_anything_is_read(tmp_path, monkeypatch):
