@@ -1,6 +1,7 @@
 """Data parallel on several GPUs of one machine: tokens a second beside one card's, and what adding up takes.
 
     python -m benchmarks.scale run OUT [--cards 1,2] [--rows 8b-2048,8b-512]     tiny: on CPUs, to try the script
+    NCCL_P2P_DISABLE=1 python -m benchmarks.scale run OUT --cards 2 --rows collectives     without a link between cards
     python -m benchmarks.scale report OUT [OUT ...]
 
 Random weights of the real shape, the same rows, effective batch and micro-batch on one card and on several, each
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,12 +38,14 @@ ROWS: dict[str, dict] = {
     "70b-24": {"model": "meta-llama/Llama-3.3-70B-Instruct", "card": "RTX 4090", "length": 2048, "batch": 8},
     "8b-6": {"model": "meta-llama/Llama-3.1-8B-Instruct", "card": "T4", "free_gib": 6.0, "length": 1024, "batch": 16},
     "1b-2048": {"model": "meta-llama/Llama-3.2-1B-Instruct", "length": 2048, "batch": 16, "micro": 4},
+    "collectives": {},
     "tiny": {"model": "tiny", "length": 32, "batch": 4, "micro": 1},
 }
-"""`card`: each GPU is held to it, to `free_gib` of it where that is said; a model that has no room there is shared."""
+"""`card`: each GPU is held to it, and of several each to `free_gib` of it where that is said; a model that has no room
+there is shared."""
 STEPS, WARM = 8, 2
 SIZES_MIB = (1, 16, 64, 256)
-"""Of single sums of gradients, for the page on where data parallel stops paying."""
+"""Of single sums of gradients and gatherings of weights, for the page on where several cards stop paying."""
 
 
 def measure(name: str) -> dict | None:
@@ -54,15 +58,25 @@ def measure(name: str) -> dict | None:
     ranks = Peers(number, count) if count > 1 else ALONE
     if count > 1:
         ranks.join()
+    gpu = Gpu("cuda" if torch.cuda.is_available() else "cpu", None)
+    found = {"row": name, "cards": count, "p2p": "NCCL_P2P_DISABLE" not in os.environ}
+    found |= _training(ROWS[name], ranks, gpu) if ROWS[name] else _collectives(ranks, gpu)
+    if count > 1:
+        ranks.leave()
+    return None if ranks.number else found
+
+
+def _training(row: dict, ranks, gpu: Gpu) -> dict:
+    import torch
+
     from llamanb.data import TrainingData
     from llamanb.model import attach_adapters, load_model
     from llamanb.quiet import quiet_libraries
     from llamanb.rehearsal import _tokenizer, random_rows
     from llamanb.training.trainer import build_trainer
 
-    row = ROWS[name]
     card = Card.pretend(row["card"]) if "card" in row else Card.here()
-    if "free_gib" in row:
+    if "free_gib" in row and ranks.count > 1:
         card = replace(card, free_gib=row["free_gib"])
         torch.cuda.set_per_process_memory_fraction(
             card.free_gib * GIB / torch.cuda.get_device_properties(0).total_memory
@@ -79,7 +93,6 @@ def measure(name: str) -> dict | None:
     rows = random_rows(shape.vocabulary, row["length"], made.micro_batch_size, STEPS * row["batch"])
     data = TrainingData("random", "token ids", tokenizer, rows, [], [], [])
     ends: list[float] = []
-    gpu = Gpu("cuda" if made.card.is_gpu else "cpu", None)
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
         model = attach_adapters(load_model(made, tokenizer, shape, ranks.streams), recipe)
         gpu.rest()
@@ -96,9 +109,7 @@ def measure(name: str) -> dict | None:
     beside = (total - free - held) / GIB  # the context, kernels, and what NCCL takes
     losses = [round(x, 5) for x in _losses(trainer)]
     said = ranks.all_of({"reserved": reserved, "beside_torch": beside, "loss": losses})
-    found = {
-        "row": name,
-        "cards": ranks.count,
+    return {
         "gpu": made.card.name,
         "micro_batch": made.micro_batch_size,
         "accumulation": made.accumulation,
@@ -107,12 +118,8 @@ def measure(name: str) -> dict | None:
         "step_s": step_s,
         "tokens_s": row["batch"] * row["length"] / step_s,
         "adding_up_s": adding_s,
-        "sums_s": _sums_s(ranks, gpu),
         "ranks": said,
     }
-    if ranks.count > 1:
-        ranks.leave()
-    return None if ranks.number else found
 
 
 def _losses(trainer) -> list[float]:
@@ -141,15 +148,20 @@ def _adding_s(ranks, model, gpu: Gpu) -> float:
     return _median_s(ranks, gpu, lambda: ranks.summed(torch.zeros(()), model.parameters()))
 
 
-def _sums_s(ranks, gpu: Gpu) -> dict[int, float]:
-    """Seconds of one all-reduce of so many MiB of fp32."""
+def _collectives(ranks, gpu: Gpu) -> dict[str, dict[int, float]]:
+    """Seconds of one all-reduce of so many MiB of fp32, and of one all-gather of so many MiB in all."""
     import torch
+    import torch.distributed as dist
 
-    if ranks.count == 1:
-        return {}
-    buffers = {size: torch.zeros(size * 2**18, device="cuda" if gpu.here else "cpu") for size in SIZES_MIB}
-    sums = {size: functools.partial(torch.distributed.all_reduce, buffer) for size, buffer in buffers.items()}
-    return {size: _median_s(ranks, gpu, add_up) for size, add_up in sums.items()}
+    sums, gathers = {}, {}
+    for size in SIZES_MIB:
+        whole = torch.zeros(size * 2**18, device="cuda" if gpu.here else "cpu")
+        part = whole.new_zeros(len(whole) // ranks.count)
+        sums[size] = _median_s(ranks, gpu, functools.partial(dist.all_reduce, whole))
+        gathers[size] = _median_s(
+            ranks, gpu, functools.partial(dist.all_gather_into_tensor, whole[: len(part) * ranks.count], part)
+        )
+    return {"sums_s": sums, "gathers_s": gathers}
 
 
 def _median_s(ranks, gpu: Gpu, work) -> float:
@@ -183,8 +195,10 @@ def report(paths: list[Path]) -> str:
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     header = "row, cards, layers, micro-batches, tokens/s, times one card, adding up, planned GiB, each card's"
     text = [f"| {' | '.join(header.split(', '))} |", "|" + "---|" * 9]
-    alone = {line["row"]: line["tokens_s"] for line in lines if line["cards"] == 1 and "error" not in line}
+    alone = {line["row"]: line["tokens_s"] for line in lines if line["cards"] == 1 and "tokens_s" in line}
     for line in lines:
+        if "error" not in line and "step_s" not in line:
+            continue
         if "error" in line:
             text.append(
                 f"| {line['row']} | {line['cards']} | failed: {line['error'].strip().splitlines()[-1][:100]} |"
