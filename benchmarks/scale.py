@@ -3,6 +3,7 @@
     python -m benchmarks.scale run OUT [--cards 1,2] [--rows 8b-2048,8b-512]     tiny: on CPUs, to try the script
     NCCL_P2P_DISABLE=1 python -m benchmarks.scale run OUT --cards 2 --rows collectives     without a link between cards
     python -m benchmarks.scale report OUT [OUT ...]
+    python -m benchmarks.scale pays OUT [OUT ...]     how many tokens a card needs, for docs/several_cards.md
 
 Random weights of the real shape, the same rows, effective batch and micro-batch on one card and on several, each
 count launched by torchrun with the project's own trainer. Each result names loss and reserved memory of every rank; the
@@ -24,6 +25,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.scale_report import lines, pays, report
 from benchmarks.speed_worker import Gpu
 from llamanb import Card, Recipe
 from llamanb.architecture import architecture
@@ -31,18 +33,23 @@ from llamanb.layout import GIB
 from llamanb.planner import plan
 from llamanb.ranks import ALONE
 from llamanb.scale.launched import launched
+from llamanb.tape import CHECKPOINTED
 
 ROWS: dict[str, dict] = {
     "8b-2048": {"model": "meta-llama/Llama-3.1-8B-Instruct", "length": 2048, "batch": 16, "micro": 2},
     "8b-512": {"model": "meta-llama/Llama-3.1-8B-Instruct", "length": 512, "batch": 16, "micro": 8},
     "70b-24": {"model": "meta-llama/Llama-3.3-70B-Instruct", "card": "RTX 4090", "length": 2048, "batch": 8},
+    "70b-40": {"model": "meta-llama/Llama-3.3-70B-Instruct", "card": "A100 40GB", "length": 2048, "batch": 8},
+    "70b-4x24": {"model": "meta-llama/Llama-3.3-70B-Instruct", "card": "RTX 4090", "length": 2048, "batch": 8, "of": 4},
     "8b-6": {"model": "meta-llama/Llama-3.1-8B-Instruct", "card": "T4", "free_gib": 6.0, "length": 1024, "batch": 16},
     "1b-2048": {"model": "meta-llama/Llama-3.2-1B-Instruct", "length": 2048, "batch": 16, "micro": 4},
     "collectives": {},
     "tiny": {"model": "tiny", "length": 32, "batch": 4, "micro": 1},
+    "tiny-4": {"model": "tiny", "length": 32, "batch": 4, "of": 4},
 }
 """`card`: each GPU is held to it, and of several each to `free_gib` of it where that is said; a model that has no room
-there is shared."""
+there is shared. `of`: one process does a rank's part among so many, and takes the others' parts of the layers to be
+zeros: what each of so many cards takes, without the others."""
 STEPS, WARM = 8, 2
 SIZES_MIB = (1, 16, 64, 256)
 """Of single sums of gradients and gatherings of weights, for the page on where several cards stop paying."""
@@ -55,11 +62,12 @@ def measure(name: str) -> dict | None:
 
     from llamanb.scale.peers import Peers
 
-    ranks = Peers(number, count) if count > 1 else ALONE
+    several = ROWS[name].get("of")
+    ranks = _one_of(several) if several else Peers(number, count) if count > 1 else ALONE
     if count > 1:
         ranks.join()
     gpu = Gpu("cuda" if torch.cuda.is_available() else "cpu", None)
-    found = {"row": name, "cards": count, "p2p": "NCCL_P2P_DISABLE" not in os.environ}
+    found = {"row": name, "cards": ranks.count, "alone": bool(several), "p2p": "NCCL_P2P_DISABLE" not in os.environ}
     found |= _training(ROWS[name], ranks, gpu) if ROWS[name] else _collectives(ranks, gpu)
     if count > 1:
         ranks.leave()
@@ -76,7 +84,9 @@ def _training(row: dict, ranks, gpu: Gpu) -> dict:
     from llamanb.training.trainer import build_trainer
 
     card = Card.pretend(row["card"]) if "card" in row else Card.here()
-    if "free_gib" in row and ranks.count > 1:
+    if ranks.count == 1 and gpu.here:
+        torch.cuda.set_per_process_memory_fraction(1.0)  # random weights are made there, 16 bits at once
+    elif "free_gib" in row:
         card = replace(card, free_gib=row["free_gib"])
         torch.cuda.set_per_process_memory_fraction(
             card.free_gib * GIB / torch.cuda.get_device_properties(0).total_memory
@@ -90,6 +100,9 @@ def _training(row: dict, ranks, gpu: Gpu) -> dict:
         eval_rows=0,
     )
     made, shape, tokenizer = plan(recipe, card, cards=ranks.count), architecture(row["model"]), _tokenizer()
+    if "of" in row and not gpu.here:  # plans for a CPU share nothing
+        layers = tuple(range(shape.layers))
+        made = made.replace(fused=True, layers=(CHECKPOINTED,) * len(layers), streamed=layers, shards=row["of"])
     rows = random_rows(shape.vocabulary, row["length"], made.micro_batch_size, STEPS * row["batch"])
     data = TrainingData("random", "token ids", tokenizer, rows, [], [], [])
     ends: list[float] = []
@@ -114,12 +127,40 @@ def _training(row: dict, ranks, gpu: Gpu) -> dict:
         "micro_batch": made.micro_batch_size,
         "accumulation": made.accumulation,
         "shards": made.shards,
+        "streamed": len(made.streamed),
         "planned": {"reserved": made.needs_gib, "step_s": made.step_s},
         "step_s": step_s,
         "tokens_s": row["batch"] * row["length"] / step_s,
         "adding_up_s": adding_s,
         "ranks": said,
     }
+
+
+def _one_of(count: int):
+    """A rank without others."""
+    from llamanb.scale.peers import Peers
+    from llamanb.scale.sharded import ShardedLayers, Sharing
+
+    class Layers(ShardedLayers):
+        def _copy(self, buffer, memory) -> None:
+            buffer.zero_()[: len(memory)].copy_(memory)
+
+    class Makes(Sharing):
+        def __call__(self, *arguments) -> Layers:
+            return Layers(self.ranks, *arguments)
+
+    class OneOf(Peers):
+        streams = property(Makes)
+
+        def tell(self, what) -> None: ...
+
+        def all_of(self, what) -> list:
+            return [what] * self.count
+
+        def summed(self, total, parameters):
+            return total
+
+    return OneOf(0, count)
 
 
 def _losses(trainer) -> list[float]:
@@ -191,46 +232,24 @@ def run(out: Path, names: list[str], counts: list[int]) -> None:
             print(json.dumps(line), flush=True)
 
 
-def report(paths: list[Path]) -> str:
-    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    header = "row, cards, layers, micro-batches, tokens/s, times one card, adding up, planned GiB, each card's"
-    text = [f"| {' | '.join(header.split(', '))} |", "|" + "---|" * 9]
-    alone = {line["row"]: line["tokens_s"] for line in lines if line["cards"] == 1 and "tokens_s" in line}
-    for line in lines:
-        if "error" not in line and "step_s" not in line:
-            continue
-        if "error" in line:
-            text.append(
-                f"| {line['row']} | {line['cards']} | failed: {line['error'].strip().splitlines()[-1][:100]} |"
-                + " |" * 6
-            )
-            continue
-        times = f"{line['tokens_s'] / alone[line['row']]:.2f}" if line["row"] in alone else ""
-        share = f"{line['adding_up_s'] / line['step_s']:.1%}" if line["cards"] > 1 else ""
-        seen = ", ".join(f"{rank['reserved']:.2f}" for rank in line["ranks"])
-        batch = f"{line['accumulation']} × {line['micro_batch']}"
-        layers = "shared" if line.get("shards", 1) > 1 else "copied"
-        cells = [line["row"], line["cards"], layers, batch, f"{line['tokens_s']:,.0f}", times, share]
-        text.append("| " + " | ".join(map(str, [*cells, f"{line['planned']['reserved']:.2f}", seen])) + " |")
-    return "\n".join(text) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run")
     one.add_argument("out", type=Path)
-    one.add_argument("--rows", default=",".join(name for name in ROWS if name != "tiny"))
+    one.add_argument("--rows", default=",".join(name for name in ROWS if not name.startswith("tiny")))
     one.add_argument("--cards", default="1,2")
     one = commands.add_parser("one")
     one.add_argument("name", choices=ROWS)
-    one = commands.add_parser("report")
-    one.add_argument("out", type=Path, nargs="+")
+    for name in ("report", "pays"):
+        commands.add_parser(name).add_argument("out", type=Path, nargs="+")
     args = parser.parse_args()
     if args.command == "run":
         run(args.out, args.rows.split(","), [int(count) for count in args.cards.split(",")])
     elif args.command == "report":
-        print(report(args.out))
+        print(report(lines(args.out)))
+    elif args.command == "pays":
+        print(pays(lines(args.out)))
     else:
         try:
             found = measure(args.name)

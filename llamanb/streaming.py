@@ -32,15 +32,19 @@ TOKENS = 64
 """Steps in which tokens are counted that hide copies."""
 STALLS = 0.005
 """Share of a step from which waiting for copies is told."""
+NCCL_GIB = 0.3
+"""What NCCL takes of each card beside torch; two H200 lost 0.27 each (`benchmarks.scale`)."""
 
 
 def in_its_machine(card: Card | str | None, host_gib: float | None = None, cards: int = 1) -> Card:
     """The card with what weights may wait in: this machine's memory and disk where it is this machine's, and else so
-    much host memory. Several cards share it, and what the disk reads."""
+    much host memory. Several cards share it, and what the disk reads; and of each NCCL takes something."""
     if card is None:
         host_gib = min(host_memory()[1:]) if host_gib is None else host_gib
         card = replace(Card.here(), disk_gib=disk.free_gib(), disk_gbs=disk.measured())
     card = Card.known(card) if isinstance(card, str) else card
+    if cards > 1 and card.is_gpu:
+        card = replace(card, free_gib=card.free_gib - NCCL_GIB)
     if host_gib is None:
         return card
     rate = card.disk_gbs if cards < 2 else (card.disk_gbs or disk.GBS) / cards

@@ -22,6 +22,7 @@ from llamanb.scale.launched import launched
 from llamanb.scale.lead import require_even
 from llamanb.scale.peers import Peers, _buckets, require_own_gpus
 from llamanb.scale.sharded import Sharing
+from llamanb.streaming import NCCL_GIB
 from llamanb.tape import streamed_bytes
 from llamanb.tiny import DEFAULTS
 from llamanb.training.recovery import smaller
@@ -244,6 +245,7 @@ def test_a_plan_for_several_cards_is_one_cards_share():
     assert two.step_s == pytest.approx(one.step_s / 2, rel=0.1)
     assert "on each of 2 cards" in str(two)
     assert Plan.from_json(two.to_json()).cards == 2
+    assert one.card.free_gib - two.card.free_gib == pytest.approx(NCCL_GIB)
     less = smaller(two)
     assert less.cards == 2
     assert less.micro_batch_size * less.accumulation == 8
