@@ -1,6 +1,7 @@
 """Making a model smaller: the long grid on the tiny Llama, and what 1B and 8B take on a card of 16 GB.
 
     python -m benchmarks.shrink tiny OUT            (a CPU will do: under an hour; OUT/tiny.json, shrink.png)
+    python -m benchmarks.shrink draws OUT           (of it what needs several draws of the rows: OUT/draws.json)
     python -m benchmarks.shrink gpu 1b|8b FOLDER [CASE ...]    (a GPU; 8b: 60 GB of disk; FOLDER/SIZE.jsonl goes on
                                                                 where it was; without cases all of them, then train)
     python -m benchmarks.shrink report FOLDER
@@ -52,12 +53,14 @@ SEEDS = 5
 NOISE = 0.01
 """Nats by which a loss may fall from one sparsity to the next and still count as noise."""
 SVDS = ("SVD", "whitened SVD")
+BUDGETS = (0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)
+"""At which these two are compared on every draw, and at half."""
 UNEVEN = ", outlier features"
 OUTLIERS, LARGER = 16, 32
 """Every so many features, so many times as large."""
 STRUCTURED = ("layers", "channels", "heads")
 CASES = ["magnitude", "magnitude-global", "wanda", "wanda 2:4", "channels", "heads", "SVD", "whitened SVD", "layers"]
-RESULTS, SIZES = "tiny.json", ("1b", "3b", "8b", "mini")
+RESULTS, DRAWS, SIZES = "tiny.json", "draws.json", ("1b", "3b", "8b", "mini")
 ROWS, LENGTH = 128, 1024
 """Calibration rows and their tokens on a GPU."""
 
@@ -68,14 +71,21 @@ def tiny(out: Path) -> None:
     recipe = RECIPE.replace(dataset=str(shrink.write_chats(out / "chats.jsonl", 1600)))
     found = shrink.measure(recipe, load_data(recipe), LONG, folder=out / "variants")
     found.picture().save(out / "shrink.png")
-    draws = [compare(seed, out) for seed in range(SEEDS)]
-    results = {"rows": [dataclasses.asdict(row) for row in found.rows], "draws": draws, "card": found.card}
+    results = {"rows": [dataclasses.asdict(row) for row in found.rows], "card": found.card}
     (out / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+    draw(out)
+
+
+def draw(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    draws = [compare(seed, out) for seed in range(SEEDS)]
+    (out / DRAWS).write_text(json.dumps(draws), encoding="utf-8")
     report(out)
 
 
 def compare(seed: int, out: Path) -> dict[str, float]:
-    """Losses of rival methods at the same size, on calibration and held-out rows of one draw."""
+    """Losses of rival methods at the same size, on calibration and held-out rows of one draw; by method, with the share
+    that is kept where that is not half."""
     from llamanb.model import load_model
     from llamanb.quiet import quiet_libraries
 
@@ -83,16 +93,21 @@ def compare(seed: int, out: Path) -> dict[str, float]:
     recipe = RECIPE.replace(dataset=rows, eval_rows=240)
     found, data = {}, load_data(recipe)
     folder, uneven = out / f"seed-{seed}", with_outliers(out / "uneven")
-    for method in ("magnitude", "magnitude-global", "wanda", *(f"{m}{UNEVEN}" for m in ("magnitude", "wanda")), *SVDS):
+    halves = ("magnitude", "magnitude-global", "wanda", *(f"{m}{UNEVEN}" for m in ("magnitude", "wanda")), *SVDS)
+    for method, share in [*((one, 0.5) for one in halves), *itertools.product(SVDS, BUDGETS)]:
         shutil.rmtree(folder, ignore_errors=True)
         base = recipe.replace(model=str(uneven)) if method.endswith(UNEVEN) else recipe
-        write(method.removesuffix(UNEVEN), base, data, folder, 0.5)
+        write(method.removesuffix(UNEVEN), base, data, folder, share)
         with quiet_libraries():
             factored, plain = "SVD" in method, recipe.replace(model=str(folder))
             model = shrink.load_factored(folder) if factored else load_model(plan(plain), data.tokenizer)
-            found[method] = loss_of(model, data)
+            found[drawn(method, share)] = loss_of(model, data)
         shutil.rmtree(folder)
     return found
+
+
+def drawn(method: str, share: float) -> str:
+    return method if share == 0.5 else f"{method} {share:.0%}"
 
 
 def with_outliers(to: Path) -> Path:
@@ -142,11 +157,41 @@ def write(method: str, recipe: Recipe, data, to: Path, share: float, **options) 
 
 
 def draws_table(draws: list[dict[str, float]]) -> Table:
-    rows = [[seed, *(f"{loss:.4f}" for loss in draw.values())] for seed, draw in enumerate(draws)]
-    return Table(["draw of the rows", *(f"{name}, half kept: loss" for name in draws[0])], rows)
+    halves = [name for name in draws[0] if not name.endswith("%")]
+    rows = [[seed, *(f"{one[name]:.4f}" for name in halves)] for seed, one in enumerate(draws)]
+    return Table(["draw of the rows", *(f"{name}, half kept: loss" for name in halves)], rows)
 
 
-def claims(found: Shrunken, draws: list[dict[str, float]]) -> Table:
+def budgets_table(draws: list[dict[str, float]]) -> Table:
+    """Nats that whitened SVD loses less, by draw."""
+    plain, whitened = SVDS
+    shares = sorted({0.5, *BUDGETS})
+    rows = [
+        [seed, *(f"{one[drawn(plain, share)] - one[drawn(whitened, share)]:+.4f}" for share in shares)]
+        for seed, one in enumerate(draws)
+    ]
+    return Table(["draw of the rows", *(f"{share:.0%} kept" for share in shares)], rows)
+
+
+def rivals(draws: list[dict[str, float]]) -> Table:
+    """What should lose less at the same size, on every draw, and whether it does."""
+    pairs = [
+        ("wanda", "magnitude", (0.5,)),
+        ("wanda", "magnitude-global", (0.5,)),
+        (f"wanda{UNEVEN}", f"magnitude{UNEVEN}", (0.5,)),
+        (*SVDS[::-1], (0.5,)),
+        (*SVDS[::-1], BUDGETS),
+    ]
+    said = []
+    for better, worse, shares in pairs:
+        gains = [one[drawn(worse, share)] - one[drawn(better, share)] for one in draws for share in shares]
+        words = f"{sum(gain > 0 for gain in gains)} of {len(gains)}; {min(gains):+.4f} to {max(gains):+.4f} nats"
+        where = "half kept" if len(shares) == 1 else f"{shares[0]:.0%} to {shares[-1]:.0%} kept"
+        said.append([f"{better} beats {worse}, {where}", "yes" if min(gains) > 0 else "no", words])
+    return Table(["claim", "holds", "figures"], said)
+
+
+def claims(found: Shrunken) -> Table:
     """What should hold, and whether it does."""
     rows = found.rows[1:]
     methods: dict[str, list[Row]] = {}
@@ -161,20 +206,6 @@ def claims(found: Shrunken, draws: list[dict[str, float]]) -> Table:
         said.append(
             [f"{method}: the more goes, the worse", min(steps) > -NOISE, f"smallest step {min(steps):+.4f} nats"]
         )
-    rivals = [
-        ("wanda", "magnitude"),
-        ("wanda", "magnitude-global"),
-        (f"wanda{UNEVEN}", f"magnitude{UNEVEN}"),
-        SVDS[::-1],
-    ]
-    for better, worse in rivals:
-        gains = [draw[worse] - draw[better] for draw in draws]
-        words = f"{min(gains):+.4f} to {max(gains):+.4f} nats in {len(gains)} draws"
-        said.append([f"{better} beats {worse}, half kept", min(gains) > 0, words])
-    pairs = [(one, two) for one in methods["whitened SVD"] for two in methods["SVD"] if one.share == two.share]
-    wins = [two.before.loss - one.before.loss for one, two in pairs]
-    words = f"{sum(gain > 0 for gain in wins)} of {len(wins)}; least {min(wins):+.4f} nats"
-    said.append(["whitened SVD beats SVD at every budget", min(wins) > 0, words])
     for name, chosen in (("structured", STRUCTURED), ("other", set(methods) - set(STRUCTURED))):
         own = [row for row in rows if row.method in chosen and row.after]
         gains = {row.name: row.before.loss - row.after.loss for row in own}
@@ -259,8 +290,10 @@ def report(folder: Path) -> None:
     if (folder / RESULTS).exists():
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         found = Shrunken([Row.from_dict(row) for row in results["rows"]], results["card"])
-        draws = results["draws"]
-        print("\n\n".join(map(markdown, (found.table(), draws_table(draws), claims(found, draws)))))
+        print("\n\n".join(map(markdown, (found.table(), claims(found)))))
+    if (folder / DRAWS).exists():
+        draws = json.loads((folder / DRAWS).read_text(encoding="utf-8"))
+        print("\n\n".join(map(markdown, (draws_table(draws), budgets_table(draws), rivals(draws)))))
     for results in (path for size in SIZES if (path := folder / f"{size}.jsonl").exists()):
         lines = [json.loads(line) for line in results.read_text().splitlines()]
         names = ("share", "took_s", "peak_gib", "reserved_gib", "host_gib", "gb", "failed")
@@ -281,6 +314,8 @@ def _short(value: object) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["tiny"]:
         tiny(Path(sys.argv[2]).absolute())
+    elif sys.argv[1:2] == ["draws"]:
+        draw(Path(sys.argv[2]).absolute())
     elif sys.argv[1:2] == ["gpu"]:
         gpu(sys.argv[2], Path(sys.argv[3]).absolute(), sys.argv[4:])
     elif sys.argv[1:2] == ["case"]:

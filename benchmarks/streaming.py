@@ -6,8 +6,9 @@
 Random weights of the real shape, made in place and quantized one by one. Each row is planned for a small card, trained
 on a big GPU that is held to it (memory, dtype, attention kernels), and then once more without that limit, all weights
 resident and every layer recomputed, with as many rows at once. Rows `slow` copy no faster than they say, so that the
-prediction for other links can be checked, and rows `disk` have so little host memory that some layers wait on disk;
-they have no resident turn. 70B takes 35 GiB of host memory and about two minutes.
+prediction for other links can be checked, rows `disk` have so little host memory that some layers wait on disk, and
+rows `rehearsed` are planned after a rehearsal; they have no resident turn. 70B takes 35 GiB of host memory and about
+two minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from llamanb import Card, Recipe, disk
+from llamanb import Card, Recipe, disk, rehearse
 from llamanb.architecture import architecture
 from llamanb.layout import GIB, Plan
 from llamanb.planner import search
@@ -29,6 +30,7 @@ EIGHT, SEVENTY = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-I
 ROWS: dict[str, dict] = {
     "70b-24": {"model": SEVENTY, "card": "RTX 4090", "rank": 16, "length": 2048, "batch": 4},
     "70b-16": {"model": SEVENTY, "card": "T4", "rank": 8, "length": 2048, "batch": 4},
+    "70b-16-rehearsed": {"model": SEVENTY, "card": "T4", "rank": 8, "length": 2048, "batch": 4, "rehearse": True},
     "70b-slow": {"model": SEVENTY, "card": "RTX 4090", "rank": 16, "length": 2048, "batch": 4, "link": 8.0},
     "8b-8": {"model": EIGHT, "card": "T4", "free_gib": 7.4, "rank": 16, "length": 2048, "batch": 16},
     "8b-4": {"model": EIGHT, "card": "T4", "free_gib": 3.65, "rank": 16, "length": 512, "batch": 16},
@@ -77,6 +79,8 @@ def measure(name: str, resident: bool) -> dict:
     elif "free_gib" in row:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(row["free_gib"] * GIB / total)
+    if row.get("rehearse"):
+        made = rehearse(made)
     plan = kept if resident else made
     found = trained(plan, None if resident else row.get("link"))
     tokens = plan.micro_batch_size * plan.accumulation * plan.length
@@ -178,7 +182,7 @@ def _held_to(link: float):
 
 def run(out: Path, names: list[str]) -> None:
     for name in names:
-        for resident in (False, True)[: 1 if {"link", "host_gib"} & ROWS[name].keys() else 2]:
+        for resident in (False, True)[: 1 if {"link", "host_gib", "rehearse"} & ROWS[name].keys() else 2]:
             command = [sys.executable, "-m", "benchmarks.streaming", "one", name, str(int(resident))]
             done = subprocess.run(command, capture_output=True, text=True)
             found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
