@@ -4,9 +4,9 @@
     python -m benchmarks.longest report OUT [OUT ...]                          Markdown
 
 Each try is a process of its own on a GPU that acts as a T4 (as in benchmarks.speed) and takes two optimizer steps, the
-second with the optimizer's states there. llamanb trains the longest row that its plan says to fit; Unsloth, with its
-checkpoints in host memory, is tried with the same row, then with shorter ones until one trains, or with longer ones
-until none does. Lengths are multiples of 1,024.
+second with the optimizer's states there. llamanb trains the longest row that its plan says to fit, which is looked for
+from what it says of the table's T4 on; Unsloth, with its checkpoints in host memory, is tried with the same row, then
+with shorter ones until one trains, or with longer ones until none does. Lengths are multiples of 1,024.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from llamanb.planner import plan
 MODEL, CARD, RANK, STEP, MOST = "8b", "T4", 32, 1024, 131072
 BY = 1.15
 """From one length to the next."""
+REFUSED = "refused by the plan"
 LEAST_S = 60.0
 """With less time left no try begins."""
 
@@ -72,7 +74,8 @@ def one_try(
     except StackError as error:
         if clock.left < 2:
             return {"status": "the time was over"}
-        return {"status": "out of memory" if error.out_of_memory else "failed", "why": str(error)}
+        refused = REFUSED if "DoesNotFitError" in str(error) else "out of memory"
+        return {"status": refused if error.out_of_memory else "failed", "why": str(error)}
     finally:
         worker.end()
 
@@ -84,19 +87,20 @@ def run(out: Path, site: str, checkpoints: Path, seconds: float) -> None:
     begin = planned_longest(recipe.replace(weights="resident", optimizer=OPTIMIZER), CARD)
     with out.with_suffix(".log").open("a") as log:
         done = subprocess.run(prepare, stdout=subprocess.PIPE, stderr=log, text=True, env=environment())
+        if done.returncode:
+            sys.exit(f"no checkpoints: {log.name} says why")
         found = next(line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT "))
         _write(out, {"kind": "machine", **json.loads(found)})
 
-        def trains(stack: str, length: int) -> bool | None:
+        def attempt(stack: str, length: int) -> str:
             if clock.left < LEAST_S:
-                return None
+                return "the time was over"
             outcome = one_try(stack, length, checkpoints, site, log, clock)
             _write(out, {"kind": "try", "stack": stack, "length": length, **outcome})
-            over = outcome["status"] not in ("trains", "out of memory")
-            return None if over else outcome["status"] == "trains"
+            return outcome["status"]
 
-        trains("llamanb", begin)
-        look(begin, lambda length: trains("unsloth", length))
+        longest = next((length for length in range(begin, 0, -STEP) if attempt("llamanb", length) != REFUSED), begin)
+        look(longest, lambda length: {"trains": True, "out of memory": False}.get(attempt("unsloth", length)))
 
 
 def _write(out: Path, line: dict) -> None:
@@ -115,8 +119,8 @@ def report(found: list[dict]) -> str:
     for stack in dict.fromkeys(line["stack"] for line in tries):
         own = [line for line in tries if line["stack"] == stack]
         good = max((line["length"] for line in own if line["status"] == "trains"), default=0)
-        bad = min((line["length"] for line in own if line["status"] == "out of memory"), default=0)
-        text.append(f"{stack}: {good:,} train" + (f", {bad:,} run out of memory" if bad else "") + ".\n")
+        bad = min((line["length"] for line in own if line["status"] in (REFUSED, "out of memory")), default=0)
+        text.append(f"{stack}: {good:,} train" + (f", {bad:,} do not" if bad else "") + ".\n")
     return "\n".join(text)
 
 
@@ -126,7 +130,7 @@ def main() -> None:
     one = commands.add_parser("run")
     one.add_argument("out", type=Path)
     one.add_argument("--unsloth-site", required=True, help="folder with Unsloth and the packages it wants")
-    one.add_argument("--checkpoints", type=Path, default=Path("/tmp/speed-checkpoints"))
+    one.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir(), "speed-checkpoints"))
     one.add_argument("--seconds", type=float, default=560.0)
     one = commands.add_parser("report")
     one.add_argument("out", type=Path, nargs="+")

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import replace
@@ -50,7 +51,7 @@ ROWS: dict[str, dict] = {
 """`card`: each GPU is held to it, and of several each to `free_gib` of it where that is said; a model that has no room
 there is shared. `of`: one process does a rank's part among so many, and takes the others' parts of the layers to be
 zeros: what each of so many cards takes, without the others."""
-STEPS, WARM = 8, 2
+STEPS, WARM, MOST_S = 8, 2, 600.0
 SIZES_MIB = (1, 16, 64, 256)
 """Of single sums of gradients and gatherings of weights, for the page on where several cards stop paying."""
 
@@ -84,13 +85,11 @@ def _training(row: dict, ranks, gpu: Gpu) -> dict:
     from llamanb.training.trainer import build_trainer
 
     card = Card.pretend(row["card"]) if "card" in row else Card.here()
-    if ranks.count == 1 and gpu.here:
-        torch.cuda.set_per_process_memory_fraction(1.0)  # random weights are made there, 16 bits at once
-    elif "free_gib" in row:
+    if "free_gib" in row and ranks.count > 1:
         card = replace(card, free_gib=row["free_gib"])
-        torch.cuda.set_per_process_memory_fraction(
-            card.free_gib * GIB / torch.cuda.get_device_properties(0).total_memory
-        )
+    held = card.free_gib * GIB / torch.cuda.get_device_properties(0).total_memory if "card" in row else 1.0
+    if gpu.here:  # a whole model's random weights are made there, 16 bits at once
+        torch.cuda.set_per_process_memory_fraction(held if ranks.count > 1 else 1.0)
     recipe = Recipe(
         model=row["model"],
         max_length=row["length"],
@@ -108,6 +107,8 @@ def _training(row: dict, ranks, gpu: Gpu) -> dict:
     ends: list[float] = []
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
         model = attach_adapters(load_model(made, tokenizer, shape, ranks.streams), recipe)
+        if gpu.here:
+            torch.cuda.set_per_process_memory_fraction(held)
         gpu.rest()
         gpu.reset()
         trainer = build_trainer(made, model, data, Path(folder), ranks.watchers(None), ranks=ranks)
@@ -118,8 +119,8 @@ def _training(row: dict, ranks, gpu: Gpu) -> dict:
     reserved = gpu.memory()["reserved_gib"] or 0.0
     adding_s = _adding_s(ranks, model, gpu)
     free, total = torch.cuda.mem_get_info() if gpu.here else (0, 0)
-    held = torch.cuda.memory_reserved() if gpu.here else 0
-    beside = (total - free - held) / GIB  # the context, kernels, and what NCCL takes
+    reserved_now = torch.cuda.memory_reserved() if gpu.here else 0
+    beside = (total - free - reserved_now) / GIB  # the context, kernels, and what NCCL takes
     losses = [round(x, 5) for x in _losses(trainer)]
     said = ranks.all_of({"reserved": reserved, "beside_torch": beside, "loss": losses})
     return {
@@ -217,15 +218,27 @@ def _median_s(ranks, gpu: Gpu, work) -> float:
     return statistics.median(taken[2:])
 
 
+def counts_of(name: str, counts: list[int]) -> list[int]:
+    """Of so many processes, those that a row is for."""
+    if "of" in ROWS[name]:
+        return [1]
+    return [count for count in counts if ROWS[name] or count > 1]
+
+
 def run(out: Path, names: list[str], counts: list[int]) -> None:
     for name in names:
-        for cards in counts:
+        for cards in counts_of(name, counts):
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cards)]
             command = [*torchrun, "-m", "benchmarks.scale", "one", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            why = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("ERROR ")]
-            error = {"row": name, "cards": cards, "error": "".join(why[:1]) or (done.stdout + done.stderr)[-2000:]}
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            with subprocess.Popen(command, **pipes) as process:
+                too_long = threading.Timer(MOST_S, process.terminate)  # on which torchrun ends its processes
+                too_long.start()
+                said, errors = process.communicate()
+                too_long.cancel()
+            found = [line[7:] for line in said.splitlines() if line.startswith("RESULT ")]
+            why = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("ERROR ")]
+            error = {"row": name, "cards": cards, "error": "".join(why[:1]) or (said + errors)[-2000:]}
             line = json.loads(found[0]) if found else error
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -24,6 +24,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from dataclasses import replace
@@ -276,7 +277,7 @@ def main() -> None:
     one.add_argument("rows", type=rows)
     one.add_argument("out", type=Path)
     one.add_argument("--unsloth-site", default="", help="folder with Unsloth and the packages it wants")
-    one.add_argument("--checkpoints", type=Path, default=Path("/tmp/speed-checkpoints"))
+    one.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir(), "speed-checkpoints"))
     one.add_argument("--seconds", type=float, default=560.0, help="of the whole run")
     one.add_argument("--only", action="append", default=[], help="a stack or a contestant; may be given again")
     one.add_argument("--add", type=contestant, action="append", default=[], help="one more contestant")

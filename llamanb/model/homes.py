@@ -24,7 +24,7 @@ STORED_AS = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", to
 class HostMemory:
     """Bytes of host memory, pinned in place where that is asked for and the driver does not refuse."""
 
-    memory: Tensor
+    memory = torch.empty(0, dtype=torch.uint8)
     refused = ""
     """Why it is not pinned."""
 

@@ -75,7 +75,9 @@ def load_planned(
             config, plan.recipe, source, streams=streams if plan.shards > 1 else None, says=says, **where
         )
         if plan.on_disk:
-            said = disk.measure(model.streamed.hosts[plan.on_disk[0]].path)
+            with streams.alone() if streams else contextlib.nullcontext():
+                said = disk.measure(model.streamed.hosts[plan.on_disk[0]].path) if says else None
+        if plan.on_disk and says:
             planned = plan.card.disk_gbs or disk.GBS
             speed = f", which reads {said:.2f} GB/s; {planned:.2f} were planned with" if said else ""
             layers = f"{len(plan.on_disk)} of {len(plan.layers)} layers"

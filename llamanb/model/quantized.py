@@ -27,7 +27,6 @@ from llamanb.machine import GIB
 from llamanb.model.weight_files import Span, WeightFile
 from llamanb.recipe import Recipe
 from llamanb.tape.workload import BLOCK
-from llamanb.timeline import replace_text
 
 MANIFEST = "manifest.json"
 EVERY_S = 15.0
@@ -89,8 +88,11 @@ class QuantizedLayers:
         return self._tensors
 
     def note(self) -> None:
-        """Writes down which files hold. Raises OSError."""
-        replace_text(self.home / MANIFEST, json.dumps(self.hashes))
+        """Writes down which files hold, beside what other ranks wrote down meanwhile. Raises OSError."""
+        self.hashes = self._noted() | self.hashes
+        new = self.home / f"{MANIFEST}.{os.getpid()}"
+        new.write_text(json.dumps(self.hashes), encoding="utf-8")
+        new.replace(self.home / MANIFEST)
 
     def _file(self, number: int) -> Path:
         return self.home / f"layer-{number:04d}.safetensors"
@@ -133,7 +135,7 @@ class QuantizedLayers:
         data, path, waits = save(made), self._file(number), number in self.files
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            still = [n for n in self.files if n == number or self._file(n).name not in self.hashes]
+            still = [n for n in self.files if n == number or not self._file(n).exists()]
             need, free = len(data) * len({*still, number}) + SPARE_GIB * GIB, shutil.disk_usage(self.home).free
             if free < need:
                 if waits:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from llamanb.errors import LlamanbError, RecipeError
@@ -90,12 +91,22 @@ def _shown(command: list[str], cards: int, cpu: bool) -> tuple[int, list[str]]:
     environment = threads | os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
-        try:
+
+        def show() -> None:
             for line in process.stdout:
                 print(line, end="", flush=True)
-                said = [*said[1 - TAIL :], line.rstrip()]
+                said[:] = [*said[1 - TAIL :], line.rstrip()]
+
+        try:
+            show()
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
-            process.wait(ENDS_S)
+            too_long = threading.Timer(ENDS_S, process.terminate)  # on which torchrun ends its processes
+            too_long.start()
+            try:
+                show()
+            finally:
+                too_long.cancel()
+                process.terminate()
             raise
     return process.returncode, said

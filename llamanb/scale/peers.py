@@ -79,8 +79,8 @@ class Peers(Ranks):
         """Around what needs all ranks. Raises RankEnded where another one has."""
         try:
             yield
-        except RuntimeError as error:  # gloo's, NCCL's and the store's are all of that kind
-            if is_out_of_memory(error):
+        except RuntimeError as error:  # gloo's, NCCL's and the store's are all of that kind, and so are this GPU's own
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise
             fix = "see what it said, and run this again: it goes on from the newest checkpoint"
             raise RankEnded(f"another of the {self.count} {ENDED}", first_line(error), fix) from None
@@ -189,6 +189,9 @@ def shared_layers(model):
 def _add_up(tensors: Sequence[Tensor]) -> None:
     """Leaves in each tensor the sum of all ranks'."""
     for bucket in _buckets(tensors):
+        if len(bucket) == 1 and bucket[0].is_contiguous():  # no copy of what is large
+            dist.all_reduce(bucket[0])
+            continue
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in bucket])

@@ -134,6 +134,13 @@ class Sharing:
             with contextlib.suppress(OSError):  # else the next training quantizes again
                 cache.note()
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Around what rank 0 does while the others wait."""
+        self.ranks.all_of(None)
+        yield
+        self.ranks.all_of(None)
+
     def home(self, layer: nn.Module, device: torch.device) -> Shard:
         return Shard(layer, self.ranks, device)
 

@@ -1,7 +1,11 @@
 """The benchmark of the longest row, as far as it goes without a GPU: which lengths it tries, and what it says."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
+from benchmarks import longest
 from benchmarks.longest import MODEL, MOST, RANK, STEP, look, one_try, planned_longest, report
 from benchmarks.speed_processes import Clock
 from benchmarks.speed_rows import MODELS
@@ -36,9 +40,30 @@ def test_tries_end_where_there_is_no_time():
 def test_the_longest_planned_fits_and_the_next_does_not():
     recipe = Recipe(model=MODELS[MODEL], dataset="random", rank=RANK, effective_batch_size=1, eval_rows=0)
     recipe = recipe.replace(weights="resident")
-    longest = planned_longest(recipe, "T4")
-    fits = [plan(recipe.replace(max_length=n), "T4", force=True).fits for n in (longest, longest + STEP)]
+    found = planned_longest(recipe, "T4")
+    fits = [plan(recipe.replace(max_length=n), "T4", force=True).fits for n in (found, found + STEP)]
     assert fits == [True, False]
+
+
+def test_what_the_plan_refuses_is_tried_shorter(tmp_path, monkeypatch):
+    """The card that is there may have a little less than the table's."""
+    tried = []
+
+    def one_try(stack, length, *_):
+        tried.append((stack, length))
+        if stack == "unsloth":
+            return {"status": "trains" if length <= 3 * STEP else "out of memory"}
+        return {"status": "trains" if length <= 6 * STEP else longest.REFUSED}
+
+    machine = SimpleNamespace(stdout='RESULT {"gpu": "a"}\n', returncode=0)
+    monkeypatch.setattr(longest.subprocess, "run", lambda *_, **__: machine)
+    monkeypatch.setattr(longest, "planned_longest", lambda *_: 8 * STEP)
+    monkeypatch.setattr(longest, "one_try", one_try)
+    longest.run(tmp_path / "out.jsonl", "", tmp_path, 1000.0)
+    assert tried[:4] == [("llamanb", 8 * STEP), ("llamanb", 7 * STEP), ("llamanb", 6 * STEP), ("unsloth", 6 * STEP)]
+    said = report(list(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())))
+    assert f"llamanb: {6 * STEP:,} train, {7 * STEP:,} do not." in said
+    assert f"unsloth: {3 * STEP:,} train, {4 * STEP:,} do not." in said
 
 
 @pytest.mark.slow
@@ -63,4 +88,4 @@ def test_the_report_says_what_trains():
     text = report(lines)
     assert "| llamanb | 59,392 | trains | 12.50 | 13.00 | 80.00 |" in text
     assert "llamanb: 59,392 train.\n" in text
-    assert "unsloth: 51,200 train, 59,392 run out of memory.\n" in text
+    assert "unsloth: 51,200 train, 59,392 do not.\n" in text

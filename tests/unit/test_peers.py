@@ -1,26 +1,31 @@
 """How several processes share a step, what they refuse, and plans for several cards. (Trainings: test_together.py.)"""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from llamanb import Card, Recipe, plan
 from llamanb.architecture import architecture
-from llamanb.errors import GpuError, RecipeError
+from llamanb.errors import DiskFullError, GpuError, RecipeError
 from llamanb.layout import Plan
 from llamanb.memory import _load_peaks
+from llamanb.model import quantized
+from llamanb.model.quantized import QuantizedLayers
 from llamanb.planner import workload_of
 from llamanb.ranks import ALONE
 from llamanb.scale import peers
 from llamanb.scale.launch import _why
 from llamanb.scale.launched import launched
 from llamanb.scale.lead import require_even
-from llamanb.scale.peers import Peers, _buckets, require_own_gpus
+from llamanb.scale.peers import Peers, RankEnded, _buckets, require_own_gpus
 from llamanb.scale.sharded import Sharing
 from llamanb.streaming import NCCL_GIB
 from llamanb.tape import streamed_bytes
@@ -174,6 +179,40 @@ def test_each_rank_quantizes_some_layers_and_reads_the_others(capsys, monkeypatc
         assert len(written) == 1, "rank 0 writes down what all made"
         made.clear()
     assert capsys.readouterr().out.splitlines() == [f"{n} of 5 layers in 4 bits, by 2 ranks" for n in (0, 2, 4)]
+
+
+def test_ranks_that_quantize_at_once_share_a_disk_and_what_they_note(tmp_path, monkeypatch):
+    """Four layers that are to wait on disk, and room for four and a half: the ranks write by turns."""
+    names = {number: [f"model.layers.{number}.mlp.up_proj.weight"] for number in range(4)}
+    recipe, cpu = Recipe(model=EIGHT), torch.device("cpu")
+
+    def read(name):
+        return torch.full((64, 256), float(name.split(".")[2]))
+
+    ranks = [QuantizedLayers(tmp_path, read, names, recipe, torch.bfloat16, cpu, on_disk=range(4)) for _ in range(2)]
+    size = len(save(ranks[0].layer(0)))
+    room = 4.5 * size + quantized.SPARE_GIB * 2**30
+
+    def usage(folder):
+        return SimpleNamespace(free=room - sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")))
+
+    monkeypatch.setattr(quantized.shutil, "disk_usage", usage)
+    monkeypatch.setattr(os, "getpid", iter(range(100)).__next__)  # two processes
+    for number, rank in enumerate((1, 0, 1), 1):
+        ranks[rank].layer(number)
+    assert sorted(json.loads((tmp_path / quantized.MANIFEST).read_text())) == sorted(ranks[1].hashes)
+    assert len(ranks[1].hashes) == 4
+    assert not list(tmp_path.glob(f"{quantized.MANIFEST}.*"))
+    room = size  # none for another
+    with pytest.raises(DiskFullError, match="1 of them take"):
+        QuantizedLayers(tmp_path / "a", read, names, recipe, torch.bfloat16, cpu, on_disk=[0]).layer(0)
+
+
+def test_an_error_of_this_rank_s_gpu_is_not_another_s_end():
+    with pytest.raises(torch.AcceleratorError), Peers(0, 2).meeting():
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RankEnded), Peers(0, 2).meeting():
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_two_ranks_on_one_gpu_are_refused():

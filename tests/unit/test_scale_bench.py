@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.scale import STEPS, run
+from benchmarks.scale import STEPS, counts_of, run
 from benchmarks.scale_report import fitted, lines, pays, report, split
 
 
@@ -47,6 +47,12 @@ def test_a_step_is_split_into_what_tokens_take_and_what_comes_once():
     assert hidden["8b", "through host memory"] == pytest.approx(2 * hidden["8b", "between the cards"], rel=1e-2)
 
 
+def test_rows_run_with_as_many_processes_as_they_are_for():
+    assert counts_of("8b-2048", [1, 2]) == [1, 2]
+    assert counts_of("collectives", [1, 2]) == [2]
+    assert counts_of("70b-4x24", [2]) == [1]
+
+
 @pytest.mark.slow
 def test_two_processes_are_measured_as_one_is(tmp_path):
     """On CPUs: that the script runs."""
@@ -62,7 +68,7 @@ def test_two_processes_are_measured_as_one_is(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_is_measured_without_the_others(tmp_path):
-    run(tmp_path / "out.jsonl", ["tiny-4"], [1])
+    run(tmp_path / "out.jsonl", ["tiny-4"], [1, 2])
     line = json.loads((tmp_path / "out.jsonl").read_text())
     assert (line.get("error"), line.get("cards"), line.get("shards")) == (None, 4, 4)
     assert line["accumulation"] * line["micro_batch"] == 1

@@ -2,14 +2,17 @@
 that are not what they were."""
 
 import errno
+import gc
 import os
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from llamanb import disk
+from llamanb import Recipe, disk, plan
 from llamanb.errors import ModelError
 from llamanb.model import homes
 from llamanb.model.homes import DiskLayer, HostLayer, Staging
@@ -248,3 +251,33 @@ def test_what_was_read_leaves_the_page_cache(make, tmp_path, monkeypatch):
     assert (dropped[-1], len(dropped)) == ((100, 4500), 5)
     assert disk.read_into(fd, memoryview(memory), 5000) == 120, "the file ends"
     os.close(fd)
+
+
+def test_memory_that_cannot_be_had_is_one_error(monkeypatch):
+    """And not a second one, when what holds it goes."""
+    beside = []
+    monkeypatch.setattr(sys, "unraisablehook", beside.append)
+    with pytest.raises(RuntimeError, match="memory"):
+        homes.HostMemory().take(2**60, pinned=False)
+    gc.collect()
+    assert beside == []
+
+
+def test_ranks_measure_the_disk_one_at_a_time_and_rank_0_says_it(monkeypatch, capsys):
+    """Layers that wait there were read by both; its rate is the machine's."""
+    from llamanb.model import piecewise
+    from llamanb.scale.sharded import Sharing
+
+    order = []
+    model = SimpleNamespace(streamed=SimpleNamespace(hosts={0: SimpleNamespace(path="a")}))
+    monkeypatch.setattr(piecewise, "load_piecewise", lambda *_, **__: model)
+    monkeypatch.setattr(piecewise, "quantized", lambda source, *_: source)
+    monkeypatch.setattr(disk, "measure", lambda path: order.append("measured") or 0.5)
+    made = plan(Recipe(model="meta-llama/Llama-3.1-8B-Instruct"), "T4").replace(streamed=(0,), on_disk=(0,))
+    for number in range(2):
+        ranks = SimpleNamespace(number=number, all_of=lambda _: order.append("met"))
+        cpu = torch.device("cpu")
+        piecewise.load_planned(made, None, None, (None, frozenset()), torch.float16, cpu, Sharing(ranks))
+        assert order == (["met", "measured", "met"] if number == 0 else ["met", "met"])
+        assert ("wait on disk, which reads 0.50 GB/s" in capsys.readouterr().out) == (number == 0)
+        order.clear()

@@ -163,6 +163,36 @@ def test_an_interrupt_ends_all_ranks_after_the_same_step(alone, tmp_path):
     assert ranks_of(tmp_path) == []
 
 
+STOPS = """
+import signal, time
+{before}
+try:
+    print("begun", flush=True)
+    time.sleep(10_000)
+except KeyboardInterrupt:
+    print("saved")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "end"), [("", "saved"), ("signal.signal(signal.SIGINT, signal.SIG_IGN)", "begun")], ids=["ends", "hangs"]
+)
+def test_what_ranks_say_after_an_interrupt_is_shown_and_what_does_not_end_is_ended(monkeypatch, before, end):
+    """An interrupt of this process, as a notebook's."""
+    shown = []
+
+    def show(line, **_):
+        shown.append(line.strip())
+        if line.strip() == "begun":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(launching, "print", show, raising=False)
+    monkeypatch.setattr(launching, "ENDS_S", 60.0 if end == "saved" else 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        launching._shown([sys.executable, "-c", STOPS.format(before=before)], 1, cpu=True)
+    assert shown[-1] == end
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("cards", "fault"), [(3, LACK), (2, f"{LACK} in the backward pass"), (2, "not a number")])
 def test_layers_that_ranks_share(alone, tmp_path, cards, fault):
