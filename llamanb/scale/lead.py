@@ -10,6 +10,7 @@ from pathlib import Path
 from llamanb.card import Card
 from llamanb.data import load_data
 from llamanb.errors import UNREADABLE, GpuError, LlamanbError, RecipeError
+from llamanb.machine import host_memory
 from llamanb.nvml import first_line
 from llamanb.planner import plan
 from llamanb.quiet import quiet_libraries
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = _recipe(args.recipe)
         with quiet_libraries():
             if count == 1:
-                _lead(recipe, args, ranks, [Card.here()])
+                _lead(recipe, args, ranks)
                 return 0
             from llamanb.scale.peers import Peers
 
@@ -66,7 +67,7 @@ def _together(ranks: Ranks, recipe: Recipe, args: argparse.Namespace) -> None:
         follow(ranks)
     else:
         require_even(cards)
-        _lead(recipe, args, ranks, [card for card, _ in cards])
+        _lead(recipe, args, ranks, len({host for _, host in cards}))
 
 
 def require_even(cards: list[tuple[Card, str]]) -> None:
@@ -84,9 +85,11 @@ def require_even(cards: list[tuple[Card, str]]) -> None:
             )
 
 
-def _lead(recipe: Recipe, args: argparse.Namespace, ranks: Ranks, cards: list[Card]) -> None:
+def _lead(recipe: Recipe, args: argparse.Namespace, ranks: Ranks, machines: int = 1) -> None:
+    """Plans for this machine, its memory and its disk; others have as much."""
     data = load_data(recipe)
-    made = plan(recipe, cards[0], data, cards=ranks.count)
+    host_gib = None if machines == 1 else machines * min(host_memory()[1:])
+    made = plan(recipe, data=data, cards=ranks.count, host_gib=host_gib)
     print(made, flush=True)
     resume = True if args.resume else False if args.new else None
     print(train(made, data, name=args.name, runs=args.runs, resume=resume, ranks=ranks), flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import ipywidgets
 from IPython.display import display
 
-from llamanb import hub, tiny
+from llamanb import hub, streaming, tiny
 from llamanb.architecture import Architecture, architecture, known
 from llamanb.card import Card
 from llamanb.cards import KNOWN
@@ -132,7 +132,7 @@ class RecipeForm:
 
     @functools.cached_property
     def _here(self) -> Card:
-        return Card.here()
+        return streaming.in_its_machine(None)
 
     def _widget(self, name: str) -> ipywidgets.DOMWidget:
         label, tip = FIELDS[name]

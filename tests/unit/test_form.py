@@ -10,7 +10,7 @@ import threading
 import ipywidgets
 import pytest
 
-from llamanb import tiny
+from llamanb import disk, streaming, tiny
 from llamanb.architecture import architecture
 from llamanb.card import Card
 from llamanb.cards import KNOWN
@@ -37,6 +37,10 @@ def no_network(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
 
+HOST_GIB = 30.0
+"""Free of a machine's memory."""
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """`machine(gpu)`: a machine with this Card, or without a GPU; counts how often it is looked at."""
@@ -45,6 +49,8 @@ def machine(monkeypatch):
         looked = []
         monkeypatch.setattr(form_module, "_has_gpu", lambda: gpu is not None)
         monkeypatch.setattr(Card, "here", classmethod(lambda cls: looked.append(1) or gpu or Card("CPU", None)))
+        monkeypatch.setattr(streaming, "host_memory", lambda: (64.0, HOST_GIB, HOST_GIB))
+        monkeypatch.setattr(disk, "free_gib", lambda: 50.0)
         return looked
 
     return make
@@ -410,8 +416,9 @@ def test_this_machine_is_offered_where_it_has_a_gpu_and_looked_at_once_when_chos
     assert looked == []
     form.widgets["card"].value = THIS_MACHINE
     form.widgets["rank"].value = 32
-    assert form.plan == plan(LLAMA_8B.replace(rank=32), "L4")
+    assert form.plan.card.host_gib == HOST_GIB
     assert looked == [1]
+    assert form.plan == plan(LLAMA_8B.replace(rank=32))
 
     machine(None)
     assert (THIS_MACHINE, THIS_MACHINE) not in plan_form(LLAMA_8B, "T4").widgets["card"].options
@@ -419,7 +426,7 @@ def test_this_machine_is_offered_where_it_has_a_gpu_and_looked_at_once_when_chos
 
 def test_without_a_card_it_starts_from_this_machine(machine):
     machine(KNOWN["L4"])
-    assert plan_form(LLAMA_8B).plan == plan(LLAMA_8B, "L4")
+    assert plan_form(LLAMA_8B).plan == plan(LLAMA_8B)
     machine(None)
     form = plan_form(LLAMA_8B)
     assert shown_hint(form, "card") == "no GPU: the CPU"

@@ -194,7 +194,7 @@ def test_only_loading_and_fused_layers_know_streamed_ones():
     assert _uses("llamanb.model.weight_files") == {f"model/{user}" for user in ("homes", "piecewise", "quantized")}
     assert _uses("llamanb.model.homes") == {"model/piecewise", "model/streamed"}
     assert _uses("llamanb.copies") == {"search", "speed", "streaming"}
-    assert _uses("llamanb.streaming") == {"search", "planner", "advice", "training/__init__"}
+    assert _uses("llamanb.streaming") == {"search", "planner", "advice", "training/__init__", "ui/form"}
 
 
 def test_no_file_a_reader_would_dread():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from llamanb import Card, Recipe, plan
+from llamanb import Card, Recipe, plan, streaming
 from llamanb.architecture import architecture
 from llamanb.errors import DiskFullError, GpuError, RecipeError
 from llamanb.layout import Plan
@@ -21,7 +21,7 @@ from llamanb.model import quantized
 from llamanb.model.quantized import QuantizedLayers
 from llamanb.planner import workload_of
 from llamanb.ranks import ALONE
-from llamanb.scale import peers
+from llamanb.scale import lead, peers
 from llamanb.scale.launch import _why
 from llamanb.scale.launched import launched
 from llamanb.scale.lead import require_even
@@ -288,6 +288,19 @@ def test_a_plan_for_several_cards_is_one_cards_share():
     less = smaller(two)
     assert less.cards == 2
     assert less.micro_batch_size * less.accumulation == 8
+
+
+@pytest.mark.parametrize(("machines", "of_all"), [(1, 30.0), (2, 60.0)])
+def test_what_is_launched_knows_the_memory_of_its_machine(monkeypatch, machines, of_all):
+    """Ranks of one machine share it."""
+    made = []
+    monkeypatch.setattr(lead, "train", lambda plan, *_, **__: made.append(plan))
+    monkeypatch.setattr(lead, "host_memory", lambda: (64.0, 30.0, 40.0))
+    monkeypatch.setattr(streaming, "host_memory", lambda: (64.0, 30.0, 40.0))
+    recipe = Recipe(**{**DEFAULTS, "effective_batch_size": 4})
+    lead._lead(recipe, SimpleNamespace(name="run", runs="runs", resume=False, new=False), Peers(0, 4), machines)
+    assert made[0].card.host_gib == of_all / 4
+    assert made[0].cards == 4
 
 
 def test_too_many_cards_and_rows_that_do_not_go_into_a_share():
