@@ -22,6 +22,8 @@ from tests import rank_process
 from tests.conftest import ROOT
 
 CPU = Card("CPU", None)
+PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""Where the processes look for modules: as this one, and in the project."""
 LACK = "out of memory"
 STEPS = 8
 
@@ -37,7 +39,7 @@ def started(folder, fault="", cards=2, sharded=False, **more):
     path = folder / "recipe.json"
     path.write_text(recipe(**more).to_json())
     arguments = command(path, cards, "run", folder, module="tests.rank_process")
-    environment = os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
     environment |= {"SHARDED": "1"} if sharded else {}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(arguments, env=environment, start_new_session=True, cwd=ROOT, **pipes)
@@ -229,7 +231,7 @@ def accelerated(folder, *options):
     path.write_text(recipe().to_json())
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2"]
     arguments = [*launcher, "-m", "llamanb", str(path), "--runs", str(folder)]
-    environment = os.environ | {"HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PATH}
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=folder, timeout=120)
 
 
