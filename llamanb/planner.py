@@ -15,7 +15,7 @@ from llamanb.html import Table
 from llamanb.layout import EXPANDED_ATTENTION, GIB, Alternative, Plan
 from llamanb.memory import outline
 from llamanb.recipe import Recipe
-from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest
+from llamanb.search import AS_ASKED, GAPS_GUESS, Candidate, fastest, smallest, with_fewest_streamed
 from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload, spread
 
 MEASURED_WITH = {
@@ -142,13 +142,12 @@ def search(
     limit = _limit(recipe, card)
     timed = replace(card, tflops=None) if recipe.dora else card  # fp32 in the plan's memory, not in its arithmetic
     best, others = fastest(recipe, timed, base, limit)
-    rows = best.work.rows
     made = Plan(
         recipe=recipe,
         card=card,
         dtype=dtype,
-        micro_batch_size=rows,
-        accumulation=recipe.effective_batch_size // rows,
+        micro_batch_size=best.work.rows,
+        accumulation=best.work.accumulation,
         layers=best.work.layers,
         attention=attention,
         kernel=kernel,
@@ -158,7 +157,8 @@ def search(
             "dtype": why_dtype,
             "fused": why_not_fused or "the same numbers in fewer kernels, from half of the activations",
             "micro_batch_size": "as asked" if recipe.micro_batch_size else "the fastest divisor of the effective batch",
-            "layers": _why_layers(recipe, best, limit),
+            "layers": _why_layers(recipe, best, limit)
+            + streaming.hint(recipe, timed, best, limit, with_fewest_streamed),
             "weights": streaming.why(best.work, best.time, recipe, timed),
             "attention": why_attention,
             "optimizer": why_optimizer,

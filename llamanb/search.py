@@ -59,7 +59,7 @@ def fastest(recipe: Recipe, card: Card, base: Workload, limit: float) -> tuple[C
 def _fastest(recipe: Recipe, card: Card, base: Workload, limit: float, room: int) -> tuple[Candidate, list[Candidate]]:
     """`fastest` with at most `room` layers streamed."""
     tried = (_with_rows(recipe, base, rows) for rows in _micro_batches(recipe, base))
-    found = [_with_fewest_streamed(recipe, card, work, limit, room) for work in tried]
+    found = [with_fewest_streamed(recipe, card, work, limit, room) for work in tried]
     fitting = [one for one in found if one.memory.reserved <= limit]
     while fitting:  # gaps were guessed: replay the best, and take it if it still fits
         best = min(fitting, key=_cost)
@@ -100,13 +100,14 @@ def smallest(recipe: Recipe, base: Workload, card: Card, room: int = 0) -> Workl
 
 
 def _with_fewest_recomputed(recipe: Recipe, card: Card, work: Workload, limit: float) -> Candidate:
-    """The workload as asked, or with as few layers recomputed as fit; with all of them where nothing fits."""
-    if recipe.checkpointing == "auto":
+    """The workload as asked, or with as few layers recomputed as fit; with all of them, as it comes, where nothing
+    fits."""
+    if recipe.checkpointing == "auto" and _guess(work).reserved <= limit:
         work = fewest_recomputed(work, lambda one: _guess(one).reserved <= limit)
     return _candidate(work, card, _guess(work))
 
 
-def _with_fewest_streamed(recipe: Recipe, card: Card, work: Workload, limit: float, room: int) -> Candidate:
+def with_fewest_streamed(recipe: Recipe, card: Card, work: Workload, limit: float, room: int) -> Candidate:
     """The workload with as few layers streamed as fit when all that may be is recomputed, or the fastest of some with
     more."""
     least = work.replace(layers=(AS_ASKED.get(recipe.checkpointing, CHECKPOINTED),) * len(work.layers))

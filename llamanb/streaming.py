@@ -24,7 +24,7 @@ from llamanb.copies import (
 from llamanb.machine import host_memory
 from llamanb.recipe import Recipe
 from llamanb.speed import StepTime, shares, step_time
-from llamanb.tape import OFFLOADED, Workload
+from llamanb.tape import CHECKPOINTED, OFFLOADED, Workload
 
 TRIED = 3
 """Numbers of streamed layers that are looked at, from as few as fit to all."""
@@ -32,6 +32,8 @@ TOKENS = 64
 """Steps in which tokens are counted that hide copies."""
 STALLS = 0.005
 """Share of a step from which waiting for copies is told."""
+WORTH = 1.1
+"""Times as fast from which streaming is hinted at."""
 NCCL_GIB = 0.3
 """What NCCL takes of each card beside torch; two H200 lost 0.27 each (`benchmarks.scale`)."""
 
@@ -104,6 +106,27 @@ def too_little(recipe: Recipe, card: Card, streamed: int, below: int, depth: int
     room = f"; {card.host_gib:.1f} GiB of host memory have room for the weights of {streamed - below}"
     room += f", and {card.disk_gib:.1f} GiB of disk for those of {below}," if below else ""
     return f"{room} of {depth} layers"
+
+
+def hint(recipe: Recipe, card: Card, best, limit: float, look: Callable) -> str:
+    """Where a layout recomputes and would be WORTH it faster with weights that wait, that it would, in words. Nobody is
+    given that unasked: predictions miss by more where launches bind, and answers take longer (docs/decisions/0019).
+
+    Args:
+        best: the layout (search.Candidate), in `limit` bytes of the card.
+        look: for the fastest with at most so many layers streamed (search.with_fewest_streamed).
+    """
+    may = recipe.weights == recipe.checkpointing == "auto" and best.work.fused and can_stream(recipe)
+    if not (may and best.recomputed and best.time) or best.work.streamed or best.memory.reserved > limit:
+        return ""
+    asked, work = recipe.replace(weights="streamed"), best.work.replace(layers=(CHECKPOINTED,) * len(best.work.layers))
+    other = look(asked, card, work, limit, rooms(asked, work, card)[-1])
+    if other.memory.reserved > limit or other.time.step_s > best.time.step_s / WORTH:
+        return ""
+    said = f"; weights = 'streamed' is predicted to take about {in_minutes(other.time.step_s)} a step instead of "
+    return (
+        f"{said}{in_minutes(best.time.step_s)}, and {waiting_bytes(other.work, card)[0] / GIB:.1f} GiB of host memory"
+    )
 
 
 def rooms(recipe: Recipe, base: Workload, card: Card) -> list[int]:

@@ -1,6 +1,6 @@
 """One run on a pretend T4 twice undisturbed and once cut off and picked up, in a process of its own; prints JSON.
 
-python -m tests.gpu.resumed '{"model": "/tmp/mini", "dataset": "rows.jsonl"}' RUNS_FOLDER CUT_AT_STEP
+python -m tests.gpu.resumed '{"model": "mini", "dataset": "rows.jsonl"}' RUNS_FOLDER CUT_AT_STEP
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from llamanb.layout import GIB
 from llamanb.memory import outline, predict, tape_peaks
 from llamanb.planner import DoesNotFitError, workload, workload_of
 from llamanb.speed import step_time
-from llamanb.streaming import HOST_GIB, TOKENS, tokens_that_hide
+from llamanb.streaming import HOST_GIB, TOKENS, WORTH, tokens_that_hide
 from llamanb.tape import CHECKPOINTED, FORWARD, HALVED, LOAD, OFFLOADED, STORED, record_steady, spread, streamed_bytes
 from llamanb.tape.workload import BUFFERS, EMBEDDINGS
 from llamanb.training import train
@@ -155,7 +155,8 @@ def test_what_fits_stays_on_the_card():
     recipe = Recipe(model=EIGHT, max_length=2048)
     for card in ("T4", "RTX 3060", "RTX 4090"):
         made = plan(recipe, card)
-        assert made.replace(recipe=recipe) == plan(recipe.replace(weights="resident"), card).replace(recipe=recipe)
+        same = {"recipe": recipe, "reasons": {}}
+        assert made.replace(**same) == plan(recipe.replace(weights="resident"), card).replace(**same)
         assert (made.streamed, made.reasons["weights"]) == ((), "")
 
 
@@ -235,3 +236,41 @@ def test_a_training_that_has_no_host_memory_is_refused_before_anything_is_read(t
     with pytest.raises(HostMemoryError, match=r"inputs of layers(.|\n)*7\.0 GiB wait there"):
         train(made.replace(streamed=(), streamed_gib=0.0, offloaded_gib=7.0), runs=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_that_recomputes_says_where_streaming_is_predicted_to_be_faster():
+    small = dataclasses.replace(Card.known("RTX 3060"), free_gib=7.2)
+    recipe = Recipe(model=EIGHT, max_length=512, effective_batch_size=16)
+    made, other = plan(recipe, small), plan(recipe.replace(weights="streamed"), small)
+    said = re.search(
+        r"weights = 'streamed' is predicted to take about ([\d.]+) s a step instead of ([\d.]+) s", str(made)
+    )
+    assert not made.streamed
+    assert made.recomputed > 0
+    predicted, instead = map(float, said.groups())
+    assert instead == pytest.approx(made.step_s, abs=0.06)
+    assert predicted < made.step_s / WORTH
+    assert predicted == pytest.approx(other.step_s, rel=0.03)
+    assert re.search(r"and [1-9]\.\d GiB of host memory", str(made))
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "more"),
+    [
+        (11.2, {}),  # everything is kept
+        (7.2, {"weights": "resident"}),
+        (7.2, {"checkpointing": "all"}),
+        (7.2, {"dropout": 0.1}),
+        (7.2, {"model": "meta-llama/Llama-3.2-3B-Instruct", "max_length": 8192}),  # not WORTH it
+    ],
+)
+def test_and_says_nothing_where_it_is_not_or_may_not_be(free_gib, more):
+    small = dataclasses.replace(Card.known("RTX 3060"), free_gib=free_gib)
+    made = plan(Recipe(**{"model": EIGHT, "max_length": 512, "effective_batch_size": 16, **more}), small, force=True)
+    assert "is predicted to take" not in str(made)
+
+
+def test_nor_where_host_memory_has_no_room_for_it():
+    small = dataclasses.replace(Card.known("RTX 3060"), free_gib=7.2)
+    made = plan(Recipe(model=EIGHT, max_length=512, effective_batch_size=16), small, host_gib=2.5)
+    assert "is predicted to take" not in str(made)
