@@ -1,6 +1,6 @@
 """Data parallel on several GPUs of one machine: tokens a second beside one card's, and what adding up takes.
 
-    python -m benchmarks.scale run OUT [--cards 1,2] [--rows 8b-2048,8b-512]     tiny: on CPUs, to try the script
+    python -m benchmarks.scale run OUT [--cards 1,2,4] [--rows 8b-2048,8b-512]     tiny: on CPUs, to try the script
     NCCL_P2P_DISABLE=1 python -m benchmarks.scale run OUT --cards 2 --rows collectives     without a link between cards
     python -m benchmarks.scale report OUT [OUT ...]
     python -m benchmarks.scale pays OUT [OUT ...]     how many tokens a card needs, for docs/several_cards.md
@@ -49,8 +49,8 @@ ROWS: dict[str, dict] = {
     "tiny-4": {"model": "tiny", "length": 32, "batch": 4, "of": 4},
 }
 """`card`: each GPU is held to it, and of several each to `free_gib` of it where that is said; a model that has no room
-there is shared. `of`: one process does a rank's part among so many, and takes the others' parts of the layers to be
-zeros: what each of so many cards takes, without the others."""
+there is shared. `of`: for so many; one process does a rank's part among them, and takes the others' parts of the layers
+to be zeros: what each of so many cards takes, without the others."""
 STEPS, WARM, MOST_S = 8, 2, 600.0
 SIZES_MIB = (1, 16, 64, 256)
 """Of single sums of gradients and gatherings of weights, for the page on where several cards stop paying."""
@@ -63,12 +63,13 @@ def measure(name: str) -> dict | None:
 
     from llamanb.scale.peers import Peers
 
-    several = ROWS[name].get("of")
-    ranks = _one_of(several) if several else Peers(number, count) if count > 1 else ALONE
+    several = ROWS[name].get("of", 1)
+    ranks = Peers(number, count) if count > 1 else _one_of(several) if several > 1 else ALONE
     if count > 1:
         ranks.join()
     gpu = Gpu("cuda" if torch.cuda.is_available() else "cpu", None)
-    found = {"row": name, "cards": ranks.count, "alone": bool(several), "p2p": "NCCL_P2P_DISABLE" not in os.environ}
+    found = {"row": name, "cards": ranks.count, "alone": ranks.count > count}
+    found["p2p"] = "NCCL_P2P_DISABLE" not in os.environ
     found |= _training(ROWS[name], ranks, gpu) if ROWS[name] else _collectives(ranks, gpu)
     if count > 1:
         ranks.leave()
@@ -220,9 +221,8 @@ def _median_s(ranks, gpu: Gpu, work) -> float:
 
 def counts_of(name: str, counts: list[int]) -> list[int]:
     """Of so many processes, those that a row is for."""
-    if "of" in ROWS[name]:
-        return [1]
-    return [count for count in counts if ROWS[name] or count > 1]
+    row = ROWS[name]
+    return [count for count in counts if count in (1, row.get("of", count)) and (row or count > 1)]
 
 
 def run(out: Path, names: list[str], counts: list[int]) -> None:

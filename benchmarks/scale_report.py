@@ -70,7 +70,8 @@ def pays(found: list[dict]) -> str:
     rows = {(line["row"], line["cards"]): line for line in found if "step_s" in line}
     one, two = rows["8b-2048", 1], rows["8b-2048", 2]
     each, once = split(one, two, round(one["tokens_s"] * one["step_s"]))
-    links = {line["p2p"]: line for line in found if line["row"] == "collectives" and "sums_s" in line}
+    collectives = [line for line in found if (line["row"], line["cards"]) == ("collectives", 2)]
+    links = {line["p2p"]: line for line in collectives if "sums_s" in line}
     text = [f"8B on one card: {each * 1e6:.1f} µs a token and {once * 1e3:.0f} ms once a step.", ""]
     text += [
         "| | link | MiB | ms | two cards are 1.85 times one from, tokens a card and step |",

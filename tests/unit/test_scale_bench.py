@@ -50,7 +50,7 @@ def test_a_step_is_split_into_what_tokens_take_and_what_comes_once():
 def test_rows_run_with_as_many_processes_as_they_are_for():
     assert counts_of("8b-2048", [1, 2]) == [1, 2]
     assert counts_of("collectives", [1, 2]) == [2]
-    assert counts_of("70b-4x24", [2]) == [1]
+    assert counts_of("70b-4x24", [1, 2, 4]) == [1, 4]
 
 
 @pytest.mark.slow
@@ -70,6 +70,6 @@ def test_two_processes_are_measured_as_one_is(tmp_path):
 def test_a_rank_is_measured_without_the_others(tmp_path):
     run(tmp_path / "out.jsonl", ["tiny-4"], [1, 2])
     line = json.loads((tmp_path / "out.jsonl").read_text())
-    assert (line.get("error"), line.get("cards"), line.get("shards")) == (None, 4, 4)
+    assert (line.get("error"), line.get("cards"), line.get("shards"), line["alone"]) == (None, 4, 4, True)
     assert line["accumulation"] * line["micro_batch"] == 1
     assert len(line["ranks"][0]["loss"]) == STEPS
