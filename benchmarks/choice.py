@@ -210,7 +210,9 @@ def timed(row: Row, bench: Bench, choices: dict[str, Plan]) -> list[dict]:
     for (micro, kinds), line in found.items():
         by = [name for name, layout in chosen.items() if layout == (micro, kinds)]
         said = step_time(work((micro, kinds)), plan.card, EFFECTIVE // micro) if line["status"] == TIMED else None
-        more = {"enumerated": (micro, kinds) in enumerated, "chosen_by": by, "predicted_s": said and said.step_s}
+        more = {"enumerated": (micro, kinds) in enumerated, "chosen_by": by}
+        if said:
+            more |= {"predicted_s": said.step_s, "predicted_gpu_s": said.gpu_s, "predicted_launch_s": said.launch_s}
         result.append({"kind": "layout", "row": row.id, "micro": micro, "layers": counted(kinds), **line, **more})
     facts = {"free_gib": plan.card.free_gib, "limit_gib": limit_gib, "took_s": round(time.monotonic() - begin, 1)}
     return [*result, {"kind": "row", "row": row.id, **bench.facts, **facts}]

@@ -57,6 +57,8 @@ class Bench:
             rows = self._rows(SHORT, SETTLING * plan.recipe.effective_batch_size)
             data = TrainingData("random", "token ids", _tokenizer(), rows, [], [], [])
             self.trainer = build_trainer(plan, self.model, data, Path(folder), [Steps()])
+            # a layout that runs out of memory is to fail here, and not to go on as a smaller one
+            self.trainer._recovering = lambda work: work()
             backward = self.trainer.accelerator.backward
 
             def marked(*args, **kwargs):

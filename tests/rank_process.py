@@ -64,12 +64,25 @@ def share_layers() -> None:
     lead.plan = lambda *args, **more: inner(*args, **more).replace(**shared)
 
 
+def once_launched(then) -> None:
+    """Calls `then` as soon as this process has its own GPU; torch is not to be imported before."""
+    from llamanb.scale import lead
+
+    launched = lead.launched
+
+    def and_then():
+        found = launched()
+        then()
+        return found
+
+    lead.launched = and_then
+
+
 if __name__ == "__main__":
     from llamanb.scale.lead import main
 
     if SHARDED:
         share_layers()
-
     if RANK == "1" and FAULT:
-        break_it()
+        once_launched(break_it)
     sys.exit(main())

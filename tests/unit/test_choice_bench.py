@@ -173,6 +173,20 @@ def test_running_out_of_memory_is_a_result_and_anything_else_an_error(bench):
         bench.attempt(plan, breaks)
 
 
+def test_a_layout_that_runs_out_of_memory_does_not_go_on_as_a_smaller_one(bench, monkeypatch):
+    compute = bench.trainer.compute_loss
+
+    def computed(model, inputs, **more):
+        if len(inputs["lengths"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(model, inputs, **more)
+
+    monkeypatch.setattr(bench.trainer, "compute_loss", computed)
+    plan = planned(DRY, card_of(DRY, "cpu"))
+    assert bench.attempt(laid_out(plan, (2, plan.layers)), bench.screen) == {"status": RAN_OUT}
+    assert bench.attempt(laid_out(plan, (1, plan.layers)), bench.screen)["status"] == TIMED
+
+
 def test_all_of_it_on_a_cpu(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(choice_bench, "SCREENS", 1)
     monkeypatch.setattr(choice_bench, "FINAL_S", 0.0)
