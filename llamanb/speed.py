@@ -2,9 +2,10 @@
 
 A rough figure on a card of the table, good enough to rank layouts of one recipe against each other; a rehearsal
 measures it. A micro-batch takes the longer of two: what the GPU needs (matrix products at the card's sustained rate,
-then everything else at its bandwidth), and what Python needs to launch it all. READS_PER_WRITE and
-LAUNCHES_PER_OPERATION are fitted to ten steps of 1B, 3B and 8B timed alone on one H200 (benchmarks/results/memory.md;
-torch 2.11, transformers 5.23, peft 0.21.2): off by 13 % on average there, by a third where inputs are offloaded.
+then everything else at its bandwidth), and what Python needs to launch it all. READS_PER_WRITE is fitted to ten steps
+of 1B, 3B and 8B timed alone on one H200 (benchmarks/results/memory.md), LAUNCHES_PER_OPERATION to 200 layouts there
+(benchmarks/results/speed.md; torch 2.11, transformers 5.23, peft 0.21.2): off by a tenth, but for attention of long
+rows without FlashAttention, which takes three times as long there as is said here, and for slow hosts.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from llamanb.tape import BYTES, CHECKPOINTED, HALVED, OFFLOADED, STORED, Workloa
 
 READS_PER_WRITE = 2.5
 """Bytes read for each byte an operation writes: a product of two reads twice, a cast once."""
-LAUNCHES_PER_OPERATION = 5.0
-"""Launches, and Python around them, for each allocation: views, in-place operations, peft's and autograd's own code."""
+LAUNCHES_PER_OPERATION = 8.0
+"""Launches, and Python around them, for each allocation: views, in-place operations, Triton's and autograd's code."""
 MASKED_HALF = 0.5
 """Causal attention computes half of all scores."""
 ATTENTION_RATE = 0.5

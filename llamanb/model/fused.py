@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llamanb.model import attention
+from llamanb.model import row_attention
 from llamanb.model.elementwise import Fast, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 from llamanb.model.products import Part, Prologue, copy_adapters, nothing
 from llamanb.model.streamed import StreamedLayers
@@ -203,7 +203,7 @@ class FusedDecoder:
             x = self.decoder.embed_tokens(ids)
             positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device, non_blocking=True)
             cos, sin = (t[0] for t in self.decoder.rotary_emb(x, positions[None]))
-            places = Places(cos, sin, attention.for_rows(lengths, self.kernel, ids.device))
+            places = Places(cos, sin, row_attention.for_rows(lengths, self.kernel, ids.device))
             for layer, kind in zip(self.layers, self.kinds, strict=True):
                 x = layer(x, places, kind)
             norm = self.decoder.norm

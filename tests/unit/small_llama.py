@@ -4,8 +4,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llamanb.model.attention import for_rows
 from llamanb.model.fused import Places
+from llamanb.model.row_attention import for_rows
 from llamanb.recipe import LINEAR_LAYERS
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
 

@@ -1,14 +1,17 @@
 """Attention of rows that lie one behind the other, held to a softmax written out for each row."""
 
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llamanb.model import attention
-from llamanb.model.attention import expanded_attention, for_rows
+from llamanb.model import row_attention
+from llamanb.model.attention import expanded_attention
+from llamanb.model.row_attention import for_rows
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 LENGTHS = [(1,), (6,), (5, 5), (4, 4, 4), (1, 1), (7, 3), (1, 8, 1, 2), (3, 3, 4)]
@@ -87,7 +90,7 @@ def kernels(monkeypatch):
 
     def efficient(q, k, v, bias, borders, key_borders, longest, key_longest, dropout, mask, keep, **kwargs):
         assert k.shape == v.shape == q.shape, "the kernel takes no grouped heads"
-        assert (bias, dropout, mask, keep) == (None, 0.0, attention.CAUSAL, True)
+        assert (bias, dropout, mask, keep) == (None, 0.0, row_attention.CAUSAL, True)
         assert borders is key_borders
         assert longest == key_longest == (max(rows_of(q, borders)) if borders is not None else None)
         called.append("memory-efficient")
@@ -96,7 +99,7 @@ def kernels(monkeypatch):
 
     def efficient_backward(gradient, q, k, v, bias, out, borders, key_borders, longest, key_longest, *rest, **kwargs):
         assert longest == key_longest == max(rows_of(q, borders))
-        assert kwargs == {"num_splits_key": max(1, round(MULTIPROCESSORS / (len(rows_of(q, borders)) * q.shape[2])))}
+        assert kwargs == {"num_splits_key": row_attention.splits(q, borders, longest)}
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (q, k, v)]
             again = written_out(*(t.flatten(0, 1) for t in inputs), rows_of(q, borders)).view_as(q)
@@ -116,6 +119,27 @@ def kernels(monkeypatch):
     monkeypatch.setattr(aten, "_efficient_attention_backward", efficient_backward)
     monkeypatch.setattr(aten, "_flash_attention_forward", flash)
     return called
+
+
+MEASURED = [
+    json.loads(line) for line in (ROOT / "benchmarks/results/raw/attention_splits.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("line", MEASURED, ids=lambda line: f"{line['rows']}x{line['length']}-{line['heads']}")
+def test_keys_are_split_into_nearly_the_best_number_of_parts_that_was_measured(monkeypatch, line):
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    query = torch.empty(line["rows"], line["length"], line["heads"], line["head_size"], device="meta")
+    taken = row_attention.splits(query, None, line["length"])
+    ms = {int(parts): ms for parts, ms in line["backward_ms"].items()}
+    assert ms[min(ms, key=lambda parts: abs(math.log(parts / taken)))] < 1.11 * min(ms.values())
+
+
+def test_parts_are_of_the_rows_that_borders_tell(kernels):
+    query, borders = torch.empty(1, 4096, 10, 128), torch.arange(5) * 1024
+    assert row_attention.splits(query, borders, 1024) == row_attention.splits(query.view(4, 1024, 10, 128), None, 1024)
+    assert row_attention.splits(query, borders, 1024) != row_attention.splits(query, None, 4096)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
