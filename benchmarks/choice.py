@@ -7,9 +7,9 @@
 
 A row is a card, a model and a length: eight rows of exactly that length an optimizer step. Its layouts are every
 micro-batch that divides eight times, in fours, how many of the layers are recomputed or offloaded (FAMILIES). The
-choice is `plan()`'s for that card's memory and for the speed of the GPU that is there, and once more after `rehearse`,
-where OUT holds it; both are timed as all others are, in the same process, on the same model and trainer
-(choice_bench.py).
+choice is `plan()`'s for that card's memory and for the speed of the machine that is there, measured before anything
+else (`Card.measure`), and once more after `rehearse`, where OUT holds it; both are timed as all others are, in the same
+process, on the same model and trainer (choice_bench.py).
 
 A layout is looked at shortly; then the FINALISTS fastest, the fastest in as much memory as a plan may use, and the
 choices are timed again in two passes, in one order and in the other. What separates the passes is the noise.
@@ -40,6 +40,7 @@ from benchmarks.speed_worker import Gpu
 from llamanb import Card, Recipe
 from llamanb import plan as make_plan
 from llamanb.architecture import architecture
+from llamanb.card import SPEEDS
 from llamanb.layout import GIB, Plan
 from llamanb.memory import outline
 from llamanb.planner import workload_of
@@ -215,6 +216,7 @@ def timed(row: Row, bench: Bench, choices: dict[str, Plan]) -> list[dict]:
             more |= {"predicted_s": said.step_s, "predicted_gpu_s": said.gpu_s, "predicted_launch_s": said.launch_s}
         result.append({"kind": "layout", "row": row.id, "micro": micro, "layers": counted(kinds), **line, **more})
     facts = {"free_gib": plan.card.free_gib, "limit_gib": limit_gib, "took_s": round(time.monotonic() - begin, 1)}
+    facts |= {speed: getattr(plan.card, speed) for speed in SPEEDS}
     return [*result, {"kind": "row", "row": row.id, **bench.facts, **facts}]
 
 
@@ -259,6 +261,9 @@ def run(command: str, wanted: list[Row], out: Path, seconds: float, device: str)
     done = {line["row"] for line in known if line["kind"] == kind}
     rehearsed = {line["row"]: line for line in known if line["kind"] == "rehearsed" and "failed" not in line}
     waiting = [row for row in wanted if row.id not in done]
+    if waiting and device == "cuda":
+        measure = "from llamanb import Card; print(Card.measure())"
+        subprocess.run([sys.executable, "-c", measure], env=environment(), cwd=REPOSITORY, check=True)
     for _, some in itertools.groupby(waiting, key=lambda row: (row.model, row.card)):
         if clock.left < LEAST_S:
             break
