@@ -65,7 +65,7 @@ def _by_tokens(own: bool = False) -> Callable[[Callable], Callable]:
     def wrap(function: Callable) -> Callable:
         @functools.wraps(function)
         def call(first: Tensor, *args):
-            if not first.is_cuda or len(first) <= PLAIN_TOKENS or Fast.for_(first):
+            if not first.is_cuda or Fast.for_(first) or len(first) <= PLAIN_TOKENS:
                 return function(first, *args)
             split = [isinstance(a, Tensor) and a.dim() > 1 and len(a) == len(first) for a in args]
             results: list[Tensor] = [first] if own else []
@@ -85,12 +85,12 @@ def _by_tokens(own: bool = False) -> Callable[[Callable], Callable]:
 
 def dequantize(weight: Tensor) -> Tensor:
     """(out, in) of a 4-bit weight of bitsandbytes, in the dtype it was quantized from."""
-    state = weight.quant_state
-    whole = weight.numel() % 32 == 0  # each constant has all of its 64 weights
+    packed, state = weight.data, weight.quant_state  # whatever is asked of bitsandbytes' parameter goes through Python
+    whole = packed.numel() % 32 == 0  # each constant has all of its 64 weights
     usual = whole and state.blocksize == 64 and (not state.nested or state.state2.blocksize == 256)
-    if Fast.for_(weight) and usual:
-        return _kernels().dequantize(weight.data, state)
-    return bnb.dequantize_4bit(weight.data, state)
+    if Fast.for_(packed) and usual:
+        return _kernels().dequantize(packed, state)
+    return bnb.dequantize_4bit(packed, state)
 
 
 @_by_tokens()
@@ -156,6 +156,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+@functools.cache
 def _kernels():
     from llamanb.model import kernels
 

@@ -27,17 +27,17 @@ from llamanb.tape import HALVED, OFFLOADED, STORED, mlp_tile
 
 
 class _Rotated(torch.autograd.Function):
-    """Rotary position embeddings on queries or keys: (tokens, heads, head size)."""
+    """Rotary position embeddings on queries or keys: (tokens, width) -> (tokens, heads, head size)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor):
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
+        return rotate(x.unflatten(1, (-1, cos.shape[1])), cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        return rotate(gradient, *ctx.saved_tensors, -1), None, None
+        return rotate(gradient, *ctx.saved_tensors, -1).flatten(1), None, None
 
 
 class _Recomputed(torch.autograd.Function):
@@ -100,9 +100,9 @@ class FusedLayer:
 
     def attend(self, x: Tensor, places: Places) -> Tensor:
         """The stream after attention."""
-        q, k, v = (t.unflatten(1, (-1, self.head_size)) for t in self.entry(x))
-        q, k = _Rotated.apply(q, places.cos, places.sin), _Rotated.apply(k, places.cos, places.sin)
-        return self.o(places.attend(q, k, v).flatten(1), residual=x)[0]
+        q, k, v = self.entry(x)
+        q, k = (_Rotated.apply(t, places.cos, places.sin) for t in (q, k))
+        return self.o(places.attend(q, k, v.unflatten(1, (-1, self.head_size))).flatten(1), residual=x)[0]
 
     def mlp(self, stream: Tensor) -> Tensor:
         """The stream after the MLP."""

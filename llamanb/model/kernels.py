@@ -12,27 +12,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BYTES_AT_ONCE = 1024
-"""Packed bytes, two weights each, that one program of `dequantize` takes."""
-UNDER_ONE_CONSTANT, UNDER_ONE_SCALE = tl.constexpr(32), tl.constexpr(256)
-"""Bytes of weights under one constant, and constants under one scale of their own (bitsandbytes' block sizes)."""
+BYTES_AT_ONCE, NUMBERS_AT_ONCE = 1024, 2048
+"""Packed bytes, two weights each, that one program of `dequantize` takes; and numbers, one of `swiglu`."""
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest that is no less. Triton's own, like its cdiv, takes as long as a launch."""
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit
 def _dequantize(
     packed, constants, values, levels, scales, mean, out, bytes_, nested: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
-    blocks = tl.program_id(0) * (block // UNDER_ONE_CONSTANT) + tl.arange(0, block // UNDER_ONE_CONSTANT)
-    real = blocks < bytes_ // UNDER_ONE_CONSTANT
+    # 32 bytes lie under one constant, 256 constants under one scale (bitsandbytes' block sizes); written out, because
+    # Triton compares a kernel's globals at each launch
+    blocks = tl.program_id(0) * (block // 32) + tl.arange(0, block // 32)
+    real = blocks < bytes_ // 32
     constant = tl.load(constants + blocks, real, 0)
     if nested:
-        constant = tl.load(levels + constant.to(tl.int32)) * tl.load(scales + blocks // UNDER_ONE_SCALE, real, 0)
+        constant = tl.load(levels + constant.to(tl.int32)) * tl.load(scales + blocks // 256, real, 0)
         constant = constant + tl.load(mean)
-    at = blocks[:, None] * UNDER_ONE_CONSTANT + tl.arange(0, UNDER_ONE_CONSTANT)[None, :]
+    at = blocks[:, None] * 32 + tl.arange(0, 32)[None, :]
     pair = tl.load(packed + at, real[:, None], 0).to(tl.int32)
     first = tl.load(values + (pair >> 4)) * constant[:, None]
     second = tl.load(values + (pair & 15)) * constant[:, None]
-    at = blocks[:, None] * (2 * UNDER_ONE_CONSTANT) + tl.arange(0, 2 * UNDER_ONE_CONSTANT)[None, :]
+    at = blocks[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(out + at, tl.interleave(first, second), real[:, None])
 
 
@@ -42,7 +47,7 @@ def dequantize(weight: Tensor, state) -> Tensor:
     inner = state.state2 if state.nested else state
     scales, mean = (inner.absmax, state.offset) if state.nested else (state.absmax, state.absmax)
     count = weight.numel()
-    _dequantize[(triton.cdiv(count, BYTES_AT_ONCE),)](
+    _dequantize[(-(-count // BYTES_AT_ONCE),)](
         weight, state.absmax, state.code, inner.code, scales, mean, out, count, state.nested, BYTES_AT_ONCE,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -61,7 +66,7 @@ def _rms_norm(x, weight, out, width, epsilon, block: tl.constexpr):
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     out = torch.empty_like(x)
-    _rms_norm[(len(x),)](x, weight, out, x.shape[1], epsilon, triton.next_power_of_2(x.shape[1]), num_warps=8)
+    _rms_norm[(len(x),)](x, weight, out, x.shape[1], epsilon, _power_of_2(x.shape[1]), num_warps=8)
     return out
 
 
@@ -79,7 +84,7 @@ def _rms_norm_backward(gradient, x, weight, width, epsilon, block: tl.constexpr)
 
 def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     width = x.shape[1]
-    _rms_norm_backward[(len(x),)](gradient, x, weight, width, epsilon, triton.next_power_of_2(width), num_warps=8)
+    _rms_norm_backward[(len(x),)](gradient, x, weight, width, epsilon, _power_of_2(width), num_warps=8)
     return gradient
 
 
@@ -93,7 +98,8 @@ def _swiglu(gate, up, out, count, block: tl.constexpr):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
-    _swiglu[(triton.cdiv(gate.numel(), 2048),)](gate, up, out, gate.numel(), 2048)
+    count = gate.numel()
+    _swiglu[(-(-count // NUMBERS_AT_ONCE),)](gate, up, out, count, NUMBERS_AT_ONCE)
     return out
 
 
@@ -111,7 +117,8 @@ def _swiglu_backward(gradient, gate, up, of_up, count, block: tl.constexpr):
 
 def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     of_up = torch.empty_like(up)
-    _swiglu_backward[(triton.cdiv(gate.numel(), 2048),)](gradient, gate, up, of_up, gate.numel(), 2048)
+    count = gate.numel()
+    _swiglu_backward[(-(-count // NUMBERS_AT_ONCE),)](gradient, gate, up, of_up, count, NUMBERS_AT_ONCE)
     return gradient, of_up
 
 
@@ -132,7 +139,7 @@ def _rotate(x, out, by_token, by_head, cos, sin, heads, half, sign, block_heads:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     tokens, heads, size = x.shape
     out = torch.empty((tokens, heads, size), dtype=x.dtype, device=x.device)
-    blocks = triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)
+    blocks = _power_of_2(heads), _power_of_2(size // 2)
     _rotate[(tokens,)](x, out, x.stride(0), x.stride(1), cos, sin, heads, size // 2, sign, *blocks)
     return out
 

@@ -34,15 +34,11 @@ def for_rows(lengths: Sequence[int], kernel: str, device: torch.device) -> Calla
     (tokens, heads, head size). Rows of one length go through scaled_dot_product_attention, or the memory-efficient
     kernel, as a batch; others through that kernel or FlashAttention with their borders.
     """
+    efficient, longest = kernel == "memory-efficient", max(lengths)
     if len(set(lengths)) == 1:
-        shape = (len(lengths), lengths[0])
-        efficient = kernel == "memory-efficient"
-
-        def even(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            batch = [t.unflatten(0, shape) for t in (q, k, v)]
-            return (_Efficient.apply(*batch, None, None) if efficient else _sdpa(*batch)).flatten(0, 1)
-
-        return even
+        if efficient:
+            return lambda q, k, v: _Efficient.apply(q, k, v, None, longest)
+        return lambda q, k, v: _sdpa(*(_batch(t, None, longest) for t in (q, k, v))).flatten(0, 1)
     if not kernel:
 
         def each(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,12 +47,16 @@ def for_rows(lengths: Sequence[int], kernel: str, device: torch.device) -> Calla
 
         return each
     borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-    longest = max(lengths)
-    if kernel == "memory-efficient":
-        return lambda q, k, v: _Efficient.apply(q[None], k[None], v[None], borders, longest)[0]
+    if efficient:
+        return lambda q, k, v: _Efficient.apply(q, k, v, borders, longest)
     return lambda q, k, v: torch.ops.aten._flash_attention_forward(
         q, k, v, borders, borders, longest, longest, 0.0, True, False
     )[0]
+
+
+def _batch(t: Tensor, borders: Tensor | None, longest: int) -> Tensor:
+    """(rows, tokens, heads, head size), or one row of all where `borders` part them."""
+    return t.unflatten(0, (-1, longest)) if borders is None else t[None]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,33 +68,38 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _Efficient(torch.autograd.Function):
     """The memory-efficient kernel, causal, with keys and values repeated for as long as it runs: what is kept is not.
 
-    Shapes: query (batch, tokens, heads, head size); key and value with their own heads. With `borders`, the cumulated
-    lengths of rows (0 first, int32), the batch is one of several rows that do not see each other.
+    Shapes: query (tokens, heads, head size); key and value with their own heads. `longest`: tokens of each row, or of
+    the longest where `borders` part them, the cumulated lengths of rows (0 first, int32).
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, borders: Tensor | None, longest: int | None) -> Tensor:
-        groups = query.shape[2] // key.shape[2]
-        repeated = (t.repeat_interleave(groups, dim=2) for t in (key, value))
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, borders: Tensor | None, longest: int) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        repeated = (_batch(t, borders, longest).repeat_interleave(groups, dim=2) for t in (key, value))
+        told = None if borders is None else longest
         output, normalizer, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
-            query, *repeated, None, borders, borders, longest, longest, 0.0, CAUSAL, True
+            _batch(query, borders, longest), *repeated, None, borders, borders, told, told, 0.0, CAUSAL, True
         )
+        output = output.flatten(0, 1)
         ctx.save_for_backward(query, key, value, output, normalizer, seed, offset, borders)
-        ctx.groups, ctx.longest = groups, longest or query.shape[1]
+        ctx.groups, ctx.longest = groups, longest
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         query, key, value, output, normalizer, seed, offset, borders = ctx.saved_tensors
+        gradient, query, key, value, output = (
+            _batch(t, borders, ctx.longest) for t in (gradient, query, key, value, output)
+        )
         repeated = [t.repeat_interleave(ctx.groups, dim=2) for t in (key, value)]
         of_query, *of_repeated, _ = torch.ops.aten._efficient_attention_backward(
             gradient, query, *repeated, None, output, borders, borders, ctx.longest, ctx.longest, normalizer, 0.0,
             seed, offset, CAUSAL, False, num_splits_key=splits(query, borders, ctx.longest),
         )  # fmt: skip
         del repeated
-        of_key, of_value = (t.unflatten(2, (-1, ctx.groups)).sum(3) for t in of_repeated)
-        return of_query, of_key, of_value, None, None
+        of_key, of_value = (t.unflatten(2, (-1, ctx.groups)).sum(3).flatten(0, 1) for t in of_repeated)
+        return of_query.flatten(0, 1), of_key, of_value, None, None
 
 
 def splits(query: Tensor, borders: Tensor | None, longest: int) -> int:

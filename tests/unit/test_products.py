@@ -71,6 +71,6 @@ def test_a_whole_layer_against_differences(double, kind):
 
 def test_rotation_and_last_norm_against_differences(double):
     at = places((3, 2))
-    assert torch.autograd.gradcheck(lambda x: module._Rotated.apply(x, at.cos, at.sin), [numbers(5, 2, 8)])
+    assert torch.autograd.gradcheck(lambda x: module._Rotated.apply(x, at.cos, at.sin), [numbers(5, 16)])
     weight = torch.randn(32, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: module._Normed.apply(x, weight, 1e-5), [numbers(5, 32)])
