@@ -58,7 +58,7 @@ def measure(rows: int, heads: int, size: int, length: int) -> dict:
         "head_size": size,
         "length": length,
         "gpu": torch.cuda.get_device_name(),
-        "taken": splits(query, None, length),
+        "taken": splits(query, length),
         "forward_ms": _ms(forward),
         "backward_ms": {parts: _ms(lambda parts=parts: backward(parts)) for parts in PARTS},
     }

@@ -261,16 +261,17 @@ def run(command: str, wanted: list[Row], out: Path, seconds: float, device: str)
     done = {line["row"] for line in known if line["kind"] == kind}
     rehearsed = {line["row"]: line for line in known if line["kind"] == "rehearsed" and "failed" not in line}
     waiting = [row for row in wanted if row.id not in done]
-    if waiting and device == "cuda":
+    kept = out.parent / "measured"  # and not where the user's own plans look for it
+    if waiting and device == "cuda" and not kept.exists():
         measure = "from llamanb import Card; print(Card.measure())"
-        subprocess.run([sys.executable, "-c", measure], env=environment(), cwd=REPOSITORY, check=True)
+        subprocess.run([sys.executable, "-c", measure], env=machine(kept), cwd=REPOSITORY, check=True)
     for _, some in itertools.groupby(waiting, key=lambda row: (row.model, row.card)):
         if clock.left < LEAST_S:
             break
         given = {"command": command, "rows": [row.id for row in some], "seconds": clock.left, "device": device}
         given["rehearsed"] = {name: [line["micro"], line["layers"]] for name, line in rehearsed.items()}
         start = [sys.executable, "-m", "benchmarks.choice", "group", json.dumps(given)]
-        with subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY) as process:
+        with subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env=machine(kept), cwd=REPOSITORY) as process:
             for line in process.stdout:
                 if line.startswith("RESULT "):
                     found = json.loads(line.removeprefix("RESULT "))
@@ -282,6 +283,11 @@ def run(command: str, wanted: list[Row], out: Path, seconds: float, device: str)
             print(f"{', '.join(given['rows'])}: its process ended with code {process.returncode}", flush=True)
     left = [row.id for row in wanted if row.id not in done]
     print(f"missing: {', '.join(left)}; the same command again goes on" if left else "all rows are there", flush=True)
+
+
+def machine(kept: Path) -> dict[str, str]:
+    """The environment of a process that knows this machine's speed as it is kept there."""
+    return environment() | {"XDG_CACHE_HOME": str(kept.absolute())}
 
 
 def said(found: list[dict]) -> str:

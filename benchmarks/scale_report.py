@@ -67,7 +67,10 @@ def split(one: dict, two: dict, tokens: int) -> tuple[float, float]:
 
 def pays(found: list[dict]) -> str:
     """Tables of tokens a card needs, for each link whose collectives were measured."""
-    rows = {(line["row"], line["cards"]): line for line in found if "step_s" in line}
+    steps = [line for line in found if "step_s" in line]
+    rows = {(line["row"], line["cards"]): line for line in steps}
+    if len(rows) < len(steps):
+        raise ValueError("a row was measured twice with as many cards: give the lines of one machine")
     one, two = rows["8b-2048", 1], rows["8b-2048", 2]
     each, once = split(one, two, round(one["tokens_s"] * one["step_s"]))
     collectives = [line for line in found if (line["row"], line["cards"]) == ("collectives", 2)]

@@ -19,8 +19,11 @@ from torch.nn import functional as F
 
 CAUSAL = 1
 """The memory-efficient kernel's number for a mask in which each token sees itself and what comes before."""
+AMPERE = 8
+"""Its major compute capability."""
 NARROW, AT_ONCE = 64, 3
-"""Blocks of the memory-efficient kernel's backward that a multiprocessor takes at once, with heads up to so wide."""
+"""Blocks of the memory-efficient kernel's backward that an H200's multiprocessor takes at once, with heads up to so
+wide."""
 ADDING_UP, MOST_SPLITS = 174, 16
 """Tokens of a row whose turn takes as long as adding up does. By these, the backward takes 1.01 times as long as with
 the best of nine numbers of parts, on average over 22 shapes on an H200, and 1.10 at most
@@ -95,22 +98,24 @@ class _Efficient(torch.autograd.Function):
         repeated = [t.repeat_interleave(ctx.groups, dim=2) for t in (key, value)]
         of_query, *of_repeated, _ = torch.ops.aten._efficient_attention_backward(
             gradient, query, *repeated, None, output, borders, borders, ctx.longest, ctx.longest, normalizer, 0.0,
-            seed, offset, CAUSAL, False, num_splits_key=splits(query, borders, ctx.longest),
+            seed, offset, CAUSAL, False, num_splits_key=splits(query, ctx.longest),
         )  # fmt: skip
         del repeated
         of_key, of_value = (t.unflatten(2, (-1, ctx.groups)).sum(3).flatten(0, 1) for t in of_repeated)
         return of_query.flatten(0, 1), of_key, of_value, None, None
 
 
-def splits(query: Tensor, borders: Tensor | None, longest: int) -> int:
-    """Parts into which the memory-efficient kernel's backward is to split each row's keys; query (batch, tokens, heads,
-    head size)."""
-    rows = len(borders) - 1 if borders is not None else len(query)
-    there = torch.cuda.get_device_properties(query.device).multi_processor_count
-    return _splits(rows * query.shape[2], there * (AT_ONCE if query.shape[3] <= NARROW else 1), longest)
+def splits(query: Tensor, longest: int) -> int:
+    """Parts into which the memory-efficient kernel's backward is to split the keys of rows of up to `longest` tokens;
+    query (batch, tokens, heads, head size). One part adds up in the same order each time, more do not."""
+    narrow, there = query.shape[3] <= NARROW, torch.cuda.get_device_properties(query.device)
+    if torch.are_deterministic_algorithms_enabled() or not (narrow or there.major >= AMPERE):
+        return 1  # before Ampere the kernel may set memory aside for each part of wide heads
+    rows = round(query.shape[0] * query.shape[1] / longest)  # at least one
+    return _splits(rows * query.shape[2], there.multi_processor_count * (AT_ONCE if narrow else 1), longest)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _splits(blocks: int, places: int, longest: int) -> int:
     """One part of one row and head is one block of threads, of which the GPU has room for so many at once: all take as
     many turns as that makes, each of a part's time, and add up their parts of the queries' gradient."""

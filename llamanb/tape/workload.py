@@ -11,7 +11,8 @@ STORED, HALVED, CHECKPOINTED, OFFLOADED = "stored", "mlp checkpointed", "checkpo
 """What becomes of a layer's activations: kept; kept but for the MLP's, which are recomputed from the stream before it;
 all recomputed from the layer's input; the same with the input in host memory."""
 KERNELS = ("flash", "cudnn", "memory-efficient", "math")
-"""Attention kernels; `memory-efficient` is taken with keys and values expanded to all heads (model/attention.py)."""
+"""Attention kernels; `memory-efficient` is taken with keys and values expanded to all heads (model/attention.py, and
+model/row_attention.py for fused layers)."""
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 HEAD_TILE = 512

@@ -154,7 +154,6 @@ class StepTrainer(SFTTrainer):
         with (
             self.passes(len(micro_batches)) as begin,
             self.fused.step() if self.fused else contextlib.nullcontext(),
-            torch.autograd.set_multithreading_enabled(False),  # Python takes longer in a thread of autograd's
         ):
             for micro in micro_batches:
                 begin()

@@ -99,7 +99,7 @@ def kernels(monkeypatch):
 
     def efficient_backward(gradient, q, k, v, bias, out, borders, key_borders, longest, key_longest, *rest, **kwargs):
         assert longest == key_longest == max(rows_of(q, borders))
-        assert kwargs == {"num_splits_key": row_attention.splits(q, borders, longest)}
+        assert kwargs == {"num_splits_key": row_attention.splits(q, longest)}
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (q, k, v)]
             again = written_out(*(t.flatten(0, 1) for t in inputs), rows_of(q, borders)).view_as(q)
@@ -113,12 +113,16 @@ def kernels(monkeypatch):
         return written_out(q, k, v, rows_of(q, borders)), None, None, None, None
 
     aten = torch.ops.aten
-    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    on_a_gpu(monkeypatch, MULTIPROCESSORS)
     monkeypatch.setattr(aten, "_efficient_attention_forward", efficient)
     monkeypatch.setattr(aten, "_efficient_attention_backward", efficient_backward)
     monkeypatch.setattr(aten, "_flash_attention_forward", flash)
     return called
+
+
+def on_a_gpu(monkeypatch, multiprocessors, major=9):
+    properties = SimpleNamespace(multi_processor_count=multiprocessors, major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
 MEASURED = [
@@ -128,18 +132,33 @@ MEASURED = [
 
 @pytest.mark.parametrize("line", MEASURED, ids=lambda line: f"{line['rows']}x{line['length']}-{line['heads']}")
 def test_keys_are_split_into_nearly_the_best_number_of_parts_that_was_measured(monkeypatch, line):
-    properties = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    on_a_gpu(monkeypatch, 132)
     query = torch.empty(line["rows"], line["length"], line["heads"], line["head_size"], device="meta")
-    taken = row_attention.splits(query, None, line["length"])
+    taken = row_attention.splits(query, line["length"])
     ms = {int(parts): ms for parts, ms in line["backward_ms"].items()}
     assert ms[min(ms, key=lambda parts: abs(math.log(parts / taken)))] < 1.11 * min(ms.values())
 
 
-def test_parts_are_of_the_rows_that_borders_tell(kernels):
-    query, borders = torch.empty(1, 4096, 10, 128), torch.arange(5) * 1024
-    assert row_attention.splits(query, borders, 1024) == row_attention.splits(query.view(4, 1024, 10, 128), None, 1024)
-    assert row_attention.splits(query, borders, 1024) != row_attention.splits(query, None, 4096)
+def test_parts_follow_from_rows_that_are_full(monkeypatch):
+    """Four rows of 1,024 tokens, one behind the other or not; one of 4,096; one of 2,048 among short ones."""
+    on_a_gpu(monkeypatch, 20)
+    lying = torch.empty(1, 4096, 10, 128, device="meta")
+    assert row_attention.splits(lying, 1024) == row_attention.splits(lying.view(4, 1024, 10, 128), 1024) == 1
+    assert row_attention.splits(lying, 4096) == row_attention.splits(lying[:, :2100], 2048) == 2
+
+
+def test_one_part_where_sums_are_to_be_the_same_each_time_and_where_parts_may_take_memory(monkeypatch):
+    query = torch.empty(1, 8192, 32, 128, device="meta")
+    on_a_gpu(monkeypatch, 132)
+    assert row_attention.splits(query, 8192) == 4
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert row_attention.splits(query, 8192) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    on_a_gpu(monkeypatch, 40, major=7)
+    assert row_attention.splits(query, 8192) == 1
+    assert row_attention.splits(query[..., :64], 8192) > 1
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

@@ -37,6 +37,8 @@ def test_a_step_is_split_into_what_tokens_take_and_what_comes_once():
     near |= {"sums_s": {mib: s / 4 for mib, s in seconds.items()}, "gathers_s": seconds}
     far |= {"sums_s": seconds, "gathers_s": {mib: 2 * s for mib, s in seconds.items()}}
     said = pays([one, two, near, far])
+    with pytest.raises(ValueError, match="measured twice"):
+        pays([one, two, one, near, far])
     assert "50.0 µs a token and 90 ms once a step" in said
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| ")]
     near, far = (row for row in rows if row[0].startswith("gradients"))

@@ -174,17 +174,6 @@ def test_who_watches_is_told_when_the_layers_are_done(make):
     assert len(told) == len(list(trainer._micro_batches(pooled(rows))))
 
 
-def test_the_backward_pass_stays_in_the_thread_that_trains(make):
-    """On a GPU autograd would take a thread of its own, in which the Python of fused layers takes longer."""
-    rows = rows_of(8)
-    trainer, allowed = make(rows, micro=2), []
-    backward = trainer.accelerator.backward
-    trainer.accelerator.backward = lambda loss: (allowed.append(torch._C._is_multithreading_enabled()), backward(loss))
-    stepped(trainer, rows)
-    assert set(allowed) == {False}
-    assert torch._C._is_multithreading_enabled()
-
-
 def trained(trainer):
     trainer.train()
     return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]

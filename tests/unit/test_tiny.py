@@ -200,7 +200,14 @@ def fine_tune(model, tokenizer, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "start", "seed"),
-    [("nf4", "shipped", 0), ("nf4", "shipped", 1), ("lora", "shipped", 2), ("nf4", "random", 0), ("full", "random", 2)],
+    [
+        ("nf4", "shipped", 0),
+        ("nf4", "shipped", 1),
+        ("lora", "shipped", 2),
+        ("nf4", "random", 0),
+        ("lora", "random", 1),
+        ("full", "random", 2),
+    ],
 )
 def test_fine_tuning_is_visible_and_needs_the_pretrained_weights(method, start, seed, tokenizer, tmp_path):
     import torch
