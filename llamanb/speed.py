@@ -2,12 +2,12 @@
 
 A rough figure on a card of the table, good enough to rank layouts of one recipe against each other; a rehearsal
 measures it. A micro-batch takes little more than the longer of two: what the GPU needs (matrix products at the card's
-sustained rate, then everything else at its bandwidth), and what Python needs to launch it all. READS_PER_WRITE is
-fitted to ten steps of 1B, 3B and 8B timed alone on one H200 (benchmarks/results/memory.md), LAUNCHES_PER_OPERATION and
-HIDING to layouts there (benchmarks/results/speed.md; torch 2.11, transformers 5.23, peft 0.21.2). Of 174 of them, steps
-with FlashAttention take 5 to 11 % longer than is said here, those without 19 to 58 % (138 % in one row since mended):
-the memory-efficient kernel reaches a third of the rate that is taken for attention on that card, and the optimizer's
-launches are left out.
+sustained rate, then everything else at its bandwidth), and what Python needs to launch it all. READS_PER_WRITE and
+LAUNCHES_PER_OPERATION are fitted to ten steps of transformers' layers timed alone on one H200, of 1B, 3B and 8B
+(benchmarks/results/memory.md); LAUNCHES_PER_FUSED and HIDING to fused ones there (benchmarks/results/speed.md; torch
+2.11, transformers 5.23, peft 0.21.2). Of 174 of those, steps with FlashAttention take 5 to 11 % longer than is said
+here, those without 19 to 58 % (138 % in one row since mended): the memory-efficient kernel reaches a third of the rate
+that is taken for attention on that card, and the optimizer's launches are left out.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from llamanb.tape import BYTES, CHECKPOINTED, HALVED, OFFLOADED, STORED, Workloa
 
 READS_PER_WRITE = 2.5
 """Bytes read for each byte an operation writes: a product of two reads twice, a cast once."""
-LAUNCHES_PER_OPERATION = 8.0
-"""Launches, and Python around them, for each allocation: views, in-place operations, Triton's and autograd's code."""
+LAUNCHES_PER_OPERATION, LAUNCHES_PER_FUSED = 5.0, 8.0
+"""Launches, and Python around them, for each allocation: views, in-place operations, peft's, autograd's and Triton's
+code. Fused layers allocate less, for as much of it."""
 HIDING = 4
 """Launching and computing hide behind each other, but not wholly: the GPU waits where small kernels follow one another,
-Python where large ones do. Where both take as long, a step takes 1.19 times that; 1.0 to 1.33 in 40 such layouts."""
+Python where large ones do. Where both take as long, a step takes 1.19 times that."""
 MASKED_HALF = 0.5
 """Causal attention computes half of all scores."""
 ATTENTION_RATE = 0.5
@@ -108,7 +109,7 @@ def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
         return None
     matrix, attention = flops(work)
     rate = card.tflops * 1e12 * (FP32_RATE if work.dtype == "fp32" else 1)
-    outlined = outline(work)
+    outlined, launches = outline(work), LAUNCHES_PER_FUSED if work.fused else LAUNCHES_PER_OPERATION
     moved = outlined.written * (1 + READS_PER_WRITE)
     trained = work.model.parameters if work.full else _adapters(work) * work.model.layers
     moved += trained * 4 * 7 / accumulation  # Adam reads four, writes three
@@ -119,6 +120,6 @@ def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
         attention_s=accumulation * attention / (rate * ATTENTION_RATE),
         memory_s=accumulation * moved / (card.bandwidth_gbs * 1e9),
         link_s=accumulation * copied / link(card),
-        launch_s=accumulation * outlined.operations * LAUNCHES_PER_OPERATION * (card.launch_us or 10) * 1e-6,
+        launch_s=accumulation * outlined.operations * launches * (card.launch_us or 10) * 1e-6,
     )
     return replace(made, stall_s=accumulation * _stalls(work, card, made.step_s / accumulation))

@@ -6,8 +6,9 @@ import pytest
 
 from llamanb import Card
 from llamanb.architecture import architecture
+from llamanb.memory import outline
 from llamanb.recipe import LINEAR_LAYERS
-from llamanb.speed import flops, step_time
+from llamanb.speed import LAUNCHES_PER_FUSED, LAUNCHES_PER_OPERATION, flops, step_time
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 
 EIGHT = architecture("meta-llama/Llama-3.1-8B-Instruct")
@@ -89,6 +90,13 @@ def test_a_step_waits_for_the_slower_of_python_and_gpu():
     busy = step_time(make(rows=8), T4, 1)
     assert busy.step_s == pytest.approx(busy.gpu_s, rel=1e-3)
     assert busy.gpu_s == busy.matrix_s + busy.attention_s + busy.memory_s + busy.link_s
+
+
+def test_launches_are_those_of_the_layers_that_run():
+    for fused, each in ((False, LAUNCHES_PER_OPERATION), (True, LAUNCHES_PER_FUSED)):
+        work = make(fused=fused)
+        launches = 3 * outline(work).operations * each
+        assert step_time(work, T4, 3).launch_s == pytest.approx(launches * T4.launch_us * 1e-6)
 
 
 def test_what_takes_as_long_as_the_other_does_not_hide_wholly():
