@@ -230,7 +230,7 @@ def workload(
         optimizer=optimizer,
         kernel=kernel,
         accumulation=recipe.effective_batch_size // rows,
-        blas_workspace=2 * round(card.workspace_mib * 2**20),
+        blas_workspace=round(card.workspace_mib * 2**20),
     )
 
 

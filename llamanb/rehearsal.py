@@ -158,7 +158,7 @@ def _try(plan: Plan, shape: Architecture, layers: tuple[str, ...], enough_s: flo
         with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
             _make_workspaces(torch)
             torch.cuda.empty_cache()
-            others = torch.cuda.memory_allocated() - round(2 * plan.card.workspace_mib * 2**20)
+            others = torch.cuda.memory_allocated() - round(plan.card.workspace_mib * 2**20)
             model = load_model(small, tokenizer, replace(shape, layers=len(layers)))
             if recipe.adapters:
                 model = attach_adapters(model, recipe, start=False)
@@ -203,9 +203,9 @@ def _enough(seconds: float):
 
 
 def _make_workspaces(torch) -> None:
-    """cuBLAS takes its workspaces at its first product, forward and backward: now, so that they count as there."""
-    square = torch.ones(16, 16, device="cuda", dtype=torch.float16, requires_grad=True)
-    (square @ square).sum().backward()
+    """cuBLAS takes its workspace at its first product: now, so that it counts as there."""
+    square = torch.ones(16, 16, device="cuda", dtype=torch.float16)
+    square @ square
 
 
 def _corrected(plan: Plan, work: Workload, trials: list[_Trial], basis: str = "") -> Plan:

@@ -43,8 +43,7 @@ class Step(DecoderLayer, FusedLayers):
     def load(self) -> None:
         self.tape.mark(LOAD)
         work, model, new, free = self.work, self.work.model, self.new, self.free
-        for _ in range(2):
-            new(work.blas_workspace // 2, LIBRARIES)
+        new(work.blas_workspace, LIBRARIES)
         width = 4 if work.full else self.e
         per_weight = {None: width, "int8": 1}.get(work.quantization, 0.5)
         linear = model.layers * model.layer_linear_parameters

@@ -72,8 +72,8 @@ class Workload:
     """Micro-batches in an optimizer step; from the second on gradients are there from the start."""
     trained_tokens: int | None = None
     """Tokens of a micro-batch that the loss is taken on; None: all of them, the most there can be."""
-    blas_workspace: int = 2 * 8_519_680
-    """Bytes that cuBLAS holds, once for the forward's thread and once for the backward's."""
+    blas_workspace: int = 8_519_680
+    """Bytes that cuBLAS holds, for each thread that calls it."""
     streamed: int = 0
     """Layers whose weights lie in host memory (model/streamed.py), spread over all of them."""
     shards: int = 1

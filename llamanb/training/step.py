@@ -25,6 +25,10 @@ from llamanb.ranks import ALONE, Ranks
 from llamanb.training.recovery import go_on, smaller
 from llamanb.training.resume import RAN_OUT
 
+BUCKET = 64
+"""Ignored tokens bring a micro-batch to a multiple of this on a GPU: memory is asked for in sizes that come again, and
+matrix kernels work in tiles of as many anyhow."""
+
 
 def pool(rows: Sequence[dict]) -> dict:
     """The rows of an optimizer step, one behind the other: `input_ids` and `labels`, (tokens,), and their `lengths`.
@@ -154,6 +158,7 @@ class StepTrainer(SFTTrainer):
         with (
             self.passes(len(micro_batches)) as begin,
             self.fused.step() if self.fused else contextlib.nullcontext(),
+            torch.autograd.set_multithreading_enabled(False),  # Python takes longer in a thread of autograd's
         ):
             for micro in micro_batches:
                 begin()
@@ -179,9 +184,17 @@ class StepTrainer(SFTTrainer):
                 rows = slice(begin, begin + plan.micro_batch_size)
                 yield _padded(ids[rows], labels[rows], self.processing_class.pad_token_id)
             return
-        for rows in pack(lengths, plan.micro_batch_size * plan.length):
-            taken = [torch.cat([of[i] for i in rows]) for of in (ids, labels)]
-            yield {"input_ids": taken[0], "labels": taken[1], "lengths": [lengths[i] for i in rows]}
+        most = plan.micro_batch_size * plan.length
+        for rows in pack(lengths, most):
+            taken = {"lengths": [lengths[i] for i in rows]}
+            more = min(-sum(taken["lengths"]) % BUCKET, most // len(rows) - taken["lengths"][-1])
+            if plan.card.is_gpu and more > 0:
+                taken["lengths"][-1] += more
+            else:
+                more = 0
+            for name, of, fill in (("input_ids", ids, 0), ("labels", labels, IGNORE)):
+                taken[name] = torch.cat([*(of[i] for i in rows), of[0].new_full((more,), fill)])
+            yield taken
 
 
 def _alone(count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
