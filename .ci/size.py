@@ -30,8 +30,9 @@ EXTRAS += ("setup/environment.py",)
 REPLAY = ("tape/", "allocator.py")
 """What memory.py predicts from; stands by itself, and is counted apart (docs/decisions/0007)."""
 FUSED = ("model/fused.py", "model/products.py", "model/kernels.py", "model/elementwise.py", "model/head.py")
-FUSED += ("model/row_attention.py",)
-"""What computes the numbers of transformers' layers and trl's loss faster; the same (docs/decisions/0011)."""
+FUSED += ("model/row_attention.py", "training/optimizer.py")
+"""What computes the numbers of transformers' layers, trl's loss and bitsandbytes' AdamW faster; the same
+(docs/decisions/0011)."""
 STREAMED = ("model/streamed.py", "model/piecewise.py", "model/quantized.py", "model/homes.py", "model/weight_files.py")
 STREAMED += ("streaming.py", "copies.py", "disk.py")
 """What brings weights to the card that wait in host memory or on disk, and plans for it; the same (0019)."""

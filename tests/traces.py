@@ -74,7 +74,7 @@ def read(case: str) -> Trace:
     work = fields["work"]
     model = Architecture(**work["model"])
     lists = {"layers": tuple(work["layers"]), "targets": tuple(work["targets"])}
-    return Trace(**{**fields, "work": Workload(**{**work, **lists, "model": model})})
+    return Trace(**{**fields, "work": Workload(**{**work, **lists, "model": model, "joined": False})})
 
 
 def names() -> list[str]:

@@ -32,6 +32,7 @@ from llamanb.tape.workload import (
     STORED,
     Tape,
     Workload,
+    joined,
     mlp_tile,
     spread,
 )
@@ -46,10 +47,11 @@ def record(work: Workload) -> Tape:
     writer.load()
     writer.micro_batch()
     writer.optimizer_states()
+    writer.update()
     if work.accumulation == 1:
         writer.drop_gradients()
     writer.micro_batch()
-    writer.tape.mark(STEP)
+    writer.update()
     writer.drop_gradients()
     return writer.tape
 
@@ -62,7 +64,7 @@ def record_steady(work: Workload) -> Tape:
     if work.accumulation > 1:
         writer.make_gradients()
     writer.micro_batch()
-    writer.tape.mark(STEP)
+    writer.update()
     return writer.tape
 
 
@@ -99,6 +101,7 @@ __all__ = [
     "STORED",
     "Tape",
     "Workload",
+    "joined",
     "mlp_tile",
     "record",
     "record_load",

@@ -35,6 +35,7 @@ from llamanb.tape.workload import (
     STEP,
     STORED,
     WEIGHTS,
+    joined,
     spread,
 )
 
@@ -230,10 +231,25 @@ class Step(DecoderLayer, FusedLayers):
 
     def optimizer_states(self) -> None:
         self.tape.mark(STEP)
-        for size in self.trained:
+        for numbers in self._together:
+            size = sum(self.trained[number] for number in numbers)
             for _ in range(2):
                 for state in _state_sizes(self.work.optimizer, size):
                     self.new(state, OPTIMIZER)
+
+    def update(self) -> None:
+        """The optimizer's copies of weights and gradients that it updates at once. Each layer's are as the first's; and
+        where layers are fused, less than what is freed as it begins."""
+        self.tape.mark(STEP)
+        for numbers in self._together:
+            if not self.work.fused and len(numbers) > 1 and numbers.start < 2 * len(self.targets):
+                size = sum(self.trained[number] for number in numbers)
+                self.free(*[self.new(4 * size) for _ in range(2)])
+
+    @property
+    def _together(self) -> list[range]:
+        alone = self.work.full or self.work.optimizer == "adamw_torch_fused" or not self.work.joined
+        return joined(self.trained, 1 if alone else 2 * len(self.targets))
 
     def make_gradients(self) -> None:
         for layer in range(self.work.model.layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llamanb.architecture import Architecture
@@ -25,6 +26,8 @@ MLP_TILE = 4096
 """Tokens at once at most in the MLP of a fused layer that is recomputed: beyond, gate and up would be the peak."""
 LOSS_ROWS, LOSS_COLUMNS = 4096, 32768
 """Tile of logits in trl 1.16 (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)."""
+JOINED = 4 * 2**20
+"""Elements that the optimizer updates at once at most, in copies; a longer tensor by itself, in place."""
 BLOCK = 64
 """Weights under one quantization constant in 4 bits (bitsandbytes' default)."""
 PAGED_FROM, QUANTIZED_FROM, STATE_BLOCK = 100_000, 4096, 256
@@ -74,6 +77,8 @@ class Workload:
     """Tokens of a micro-batch that the loss is taken on; None: all of them, the most there can be."""
     blas_workspace: int = 8_519_680
     """Bytes that cuBLAS holds, for each thread that calls it."""
+    joined: bool = True
+    """Adapters are updated several at once (training/optimizer.py), where bitsandbytes updates them."""
     streamed: int = 0
     """Layers whose weights lie in host memory (model/streamed.py), spread over all of them."""
     shards: int = 1
@@ -91,6 +96,22 @@ def spread(count: int, layers: int) -> tuple[int, ...]:
     """`count` of the numbers below `layers`, as evenly as can be, the last one among them: so that a copy has as many
     layers' work as there is to hide behind."""
     return tuple(n for n in range(layers) if (n + 1) * count // layers > n * count // layers)
+
+
+def joined(sizes: Sequence[int], of_layer: int) -> list[range]:
+    """Which tensors of so many elements, by number, one update of an 8-bit optimizer is for: neighbours of whole blocks
+    in the same layer, which has `of_layer` tensors. Every tensor is in one."""
+    made: list[range] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        whole = size % STATE_BLOCK == 0 and size >= QUANTIZED_FROM
+        if number % of_layer and whole and size <= room:
+            made[-1] = range(made[-1].start, number + 1)
+            room -= size
+        else:
+            made.append(range(number, number + 1))
+            room = JOINED - size if whole else 0
+    return made
 
 
 def mlp_tile(tokens: int) -> int:

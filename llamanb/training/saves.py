@@ -84,7 +84,6 @@ class CheckpointedTrainer(StepTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint:
-            page_again(self.optimizer)
             # What the saved states say was meant for as many steps and for the rate that there were to be then
             highest, step = self.args.learning_rate, self.lr_scheduler.last_epoch
             rates = [highest * rule(step) for rule in self.lr_scheduler.lr_lambdas]
@@ -95,19 +94,6 @@ class CheckpointedTrainer(StepTrainer):
 
     def _trained(self):
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-
-
-def page_again(optimizer) -> None:
-    """Moves loaded states back to paged memory: bitsandbytes (0.50) loads them as plain tensors on the GPU."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    if not getattr(optimizer, "is_paged", False):
-        return
-    for parameter, state in optimizer.state.items():
-        for name in state.keys() & {"state1", "state2"}:
-            paged = optimizer.get_state_buffer(parameter, state[name].dtype)
-            if parameter.is_cuda:
-                torch.cuda.synchronize()  # the buffer is filled with zeros meanwhile
-            state[name] = paged.copy_(state[name])
 
 
 class Saves(TrainerCallback):

@@ -22,12 +22,13 @@ from llamanb.model.head import head_loss
 from llamanb.model.layers import lay_out
 from llamanb.nvml import first_line
 from llamanb.ranks import ALONE, Ranks
+from llamanb.training.optimizer import JoinedAdamW
 from llamanb.training.recovery import go_on, smaller
 from llamanb.training.resume import RAN_OUT
 
 BUCKET = 64
-"""Ignored tokens bring a micro-batch to a multiple of this on a GPU: memory is asked for in sizes that come again, and
-matrix kernels work in tiles of as many anyhow."""
+"""Ignored tokens bring a micro-batch that waits for launches to a multiple of this: cuBLAS takes its time over products
+of sizes that it has not seen."""
 
 
 def pool(rows: Sequence[dict]) -> dict:
@@ -84,6 +85,11 @@ class StepTrainer(SFTTrainer):
         """Called between the last layer and the loss; for who watches."""
 
     def create_optimizer(self, *args, **kwargs):
+        made, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if self.plan.recipe.adapters and made is JoinedAdamW.__base__:
+            trained = sum(parameter.requires_grad for parameter in self.model.parameters())
+            of_layer = trained // self.model.config.num_hidden_layers
+            self.optimizer_cls_and_kwargs = JoinedAdamW, {**settings, "of_layer": of_layer}
         optimizer = super().create_optimizer(*args, **kwargs)
         go_on(optimizer)
         return optimizer
@@ -188,13 +194,17 @@ class StepTrainer(SFTTrainer):
         for rows in pack(lengths, most):
             taken = {"lengths": [lengths[i] for i in rows]}
             more = min(-sum(taken["lengths"]) % BUCKET, most // len(rows) - taken["lengths"][-1])
-            if plan.card.is_gpu and more > 0:
-                taken["lengths"][-1] += more
-            else:
-                more = 0
+            more = max(more, 0) if _waits_for_launches(plan, sum(taken["lengths"])) else 0
+            taken["lengths"][-1] += more
             for name, of, fill in (("input_ids", ids, 0), ("labels", labels, IGNORE)):
                 taken[name] = torch.cat([*(of[i] for i in rows), of[0].new_full((more,), fill)])
             yield taken
+
+
+def _waits_for_launches(plan: Plan, tokens: int) -> bool:
+    """Whether a micro-batch of so many tokens takes the GPU less time than Python."""
+    time = plan.time
+    return time is not None and time.launch_s / plan.accumulation > time.gpu_s / (plan.share * plan.length) * tokens
 
 
 def _alone(count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:

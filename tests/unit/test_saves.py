@@ -5,7 +5,6 @@ import itertools
 import json
 import multiprocessing
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from llamanb.timeline import Step, Timeline
 from llamanb.training import saves, trainer
 from llamanb.training.checkpoints import ASIDE, MANIFEST, newest
 from llamanb.training.resume import CHECKPOINTS, PROGRESS, Progress, rows_hash
-from llamanb.training.saves import Saves, page_again
+from llamanb.training.saves import Saves
 from tests.unit.cut_off import CPU, STATES, STEPS, ending, files, recipes, same
 
 
@@ -306,35 +305,3 @@ def test_rows_are_told_apart(recipe):
     assert len({known, *(rows_hash(dataclasses.replace(data, train=rows)) for rows in others)}) == 5
     moved = dataclasses.replace(data, train=[*data.train, data.held_out[0]], held_out=data.held_out[1:])
     assert rows_hash(moved) != known
-
-
-def test_paged_states_are_paged_again():
-    """bitsandbytes loads them as plain tensors; only a GPU pages, so its buffers are marked here."""
-    from bitsandbytes.optim import PagedAdamW8bit
-
-    made = []
-
-    def optimizer():
-        parameter = torch.nn.Parameter(torch.ones(128, 128))
-        one = PagedAdamW8bit([parameter], lr=0.1)
-        parameter.grad = torch.full_like(parameter, 0.5)
-        buffers = one.get_state_buffer
-
-        def watched(p, dtype=torch.float32):
-            made.append(buffers(p, dtype))
-            return made[-1]
-
-        one.get_state_buffer = watched
-        one.step()
-        return parameter, one
-
-    with warnings.catch_warnings(action="ignore"):  # that a CPU does not
-        (parameter, saved), (_, loaded) = optimizer(), optimizer()
-    loaded.load_state_dict(saved.state_dict())
-    made.clear()
-    page_again(loaded)
-    (state,) = loaded.state.values()
-    assert {id(state["state1"]), id(state["state2"])} == {id(buffer) for buffer in made}
-    for name in ("state1", "state2"):
-        assert torch.equal(state[name], saved.state[parameter][name])
-        assert state[name].dtype == torch.uint8

@@ -13,7 +13,9 @@ from llamanb.data import TrainingData
 from llamanb.data.encode import IGNORE, Encoded, load_tokenizer
 from llamanb.model import attach_adapters, load_model
 from llamanb.model.fused import FusedDecoder
+from llamanb.speed import StepTime
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
+from llamanb.training.optimizer import JoinedAdamW
 from llamanb.training.step import BUCKET, StepTrainer, pool
 from llamanb.training.trainer import build_trainer
 
@@ -44,9 +46,9 @@ def test_a_pool_is_all_rows_one_behind_the_other():
     assert {made[name].dtype for name in ("input_ids", "labels")} == {torch.int64}
 
 
-def split(rows, *, fused, micro=2, length=LONGEST, gpu=False):
+def split(rows, *, fused, micro=2, length=LONGEST, time=None):
     """Micro-batches of a step."""
-    of_plan = SimpleNamespace(micro_batch_size=micro, length=length, card=SimpleNamespace(is_gpu=gpu))
+    of_plan = SimpleNamespace(micro_batch_size=micro, length=length, accumulation=1, share=micro, time=time)
     trainer = SimpleNamespace(fused=fused or None, plan=of_plan, processing_class=SimpleNamespace(pad_token_id=499))
     return list(StepTrainer._micro_batches(trainer, pooled(rows)))
 
@@ -86,14 +88,22 @@ def test_a_row_longer_than_planned_for_stands_alone():
         ([130, 20], 1, [[130], [20 + 44]]),  # a row longer than planned for stays as it is
     ],
 )
-def test_on_a_gpu_ignored_tokens_bring_micro_batches_to_sizes_that_come_again(lengths, micro, taken):
+def test_ignored_tokens_bring_micro_batches_that_wait_for_launches_to_sizes_that_come_again(lengths, micro, taken):
     rows = rows_of(len(lengths), lengths=lengths)
-    made = split(rows, fused=True, micro=micro, length=100, gpu=True)
+    made = split(rows, fused=True, micro=micro, length=100, time=StepTime(launch_s=1))
     assert [one["lengths"] for one in made] == taken
     for row, (ids, labels) in zip(rows, [row for one in made for row in rows_in(one)], strict=True):
         real = len(row.input_ids)
         assert (ids[:real], labels[:real]) == (row.input_ids, row.labels)
         assert set(labels[real:]) <= {IGNORE}
+
+
+@pytest.mark.parametrize(("launch_s", "taken"), [(0.49, 100), (0.51, 128)])
+def test_nothing_is_filled_up_where_the_gpu_takes_longer_than_launching(launch_s, taken):
+    """A second of the GPU for 200 tokens: 100 take it half of that."""
+    made = split(rows_of(2, lengths=[60, 40]), fused=True, length=100, time=StepTime(launch_s=launch_s, matrix_s=1))
+    assert [sum(one["lengths"]) for one in made] == [taken]
+    assert sum(split(rows_of(2, lengths=[60, 40]), fused=True, length=100)[0]["lengths"]) == 100, "nor on a CPU"
 
 
 def test_padded_micro_batches_hold_rows_in_their_order():
@@ -152,7 +162,7 @@ def test_what_fills_a_micro_batch_up_changes_neither_loss_nor_gradients(make, mo
     trainer = make(rows, micro=8)
     loss, gradients = stepped(trainer, rows)
     trainer = make(rows, micro=8)
-    trainer.plan = trainer.plan.replace(card=Card.known("T4"), length=2 * LONGEST)
+    trainer.plan = trainer.plan.replace(time=StepTime(launch_s=1), length=2 * LONGEST)
     seen, inner = [], FusedDecoder.__call__
     monkeypatch.setattr(
         FusedDecoder, "__call__", lambda self, ids, lengths: seen.append(len(ids)) or inner(self, ids, lengths)
@@ -177,6 +187,17 @@ def test_the_backward_stays_in_the_thread_of_the_training(make):
     stepped(trainer, rows)
     assert threads == {(threading.get_ident(), False)}
     assert torch.autograd.is_multithreading_enabled()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch_fused"])
+def test_adapters_are_updated_layer_by_layer_where_bitsandbytes_updates_them(make, optimizer):
+    trainer = make(rows_of(2), optimizer=optimizer, rank=128)
+    made = trainer.create_optimizer()
+    assert isinstance(made, JoinedAdamW) == (optimizer == "adamw_8bit")
+    stepped(trainer, rows_of(2))
+    made.step()
+    trained = sum(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert len(made.state) == (2 if optimizer == "adamw_8bit" else trained)
 
 
 @pytest.mark.parametrize("fused", [True, False])
