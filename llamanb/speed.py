@@ -21,12 +21,12 @@ from llamanb.tape import BYTES, CHECKPOINTED, HALVED, OFFLOADED, STORED, Workloa
 
 READS_PER_WRITE = 2.5
 """Bytes read for each byte an operation writes: a product of two reads twice, a cast once."""
-LAUNCHES_PER_OPERATION, LAUNCHES_PER_FUSED = 5.0, 8.0
+LAUNCHES_PER_OPERATION, LAUNCHES_PER_FUSED = 5.0, 7.0
 """Launches, and Python around them, for each allocation: views, in-place operations, peft's, autograd's and Triton's
 code. Fused layers allocate less, for as much of it."""
-HIDING = 4
+HIDING = 8
 """Launching and computing hide behind each other, but not wholly: the GPU waits where small kernels follow one another,
-Python where large ones do. Where both take as long, a step takes 1.19 times that."""
+Python where large ones do. Where both take as long, a step takes 1.09 times that."""
 MASKED_HALF = 0.5
 """Causal attention computes half of all scores."""
 ATTENTION_RATE = 0.5

@@ -106,7 +106,11 @@ def working_attention(
         return ""
 
     found = {}
-    with torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autograd.set_multithreading_enabled(False),  # the cuBLAS workspace of another thread would stay
+    ):
         for group in (1, heads // kv_heads):
             tensors = inputs(group)
             with attention.sdpa_kernel(attention.SDPBackend.MATH):  # runs even where the caller has switched it off

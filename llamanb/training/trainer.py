@@ -99,8 +99,8 @@ def widen_trained(model: PreTrainedModel) -> None:
 
 
 def let_go() -> None:
-    """Lets go of embeddings: the Trainer registers them with bitsandbytes' GlobalOptimManager, which would hold
-    them on the GPU, 1 GiB of 8B, for as long as the process lives."""
+    """Lets go of embeddings: where all weights are trained, the Trainer registers them with bitsandbytes'
+    GlobalOptimManager, which would hold them on the GPU, 1 GiB of 8B, for as long as the process lives."""
     GlobalOptimManager.get_instance().initialize()
 
 

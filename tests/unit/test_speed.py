@@ -104,7 +104,7 @@ def test_what_takes_as_long_as_the_other_does_not_hide_wholly():
     each = dataclasses.replace(T4, launch_us=T4.launch_us * busy.gpu_s / busy.launch_s)
     even = step_time(make(rows=8), each, 1)
     assert even.launch_s == pytest.approx(even.gpu_s)
-    assert even.step_s == pytest.approx(2**0.25 * even.gpu_s)
+    assert even.step_s == pytest.approx(2**0.125 * even.gpu_s)
 
 
 @pytest.mark.parametrize("unknown", ["tflops", "bandwidth_gbs"])

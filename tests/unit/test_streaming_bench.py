@@ -30,7 +30,7 @@ def test_a_slow_link_is_planned_for():
 
 def test_a_host_that_is_too_small_has_some_of_them_on_disk():
     made, _ = plans(ROWS["8b-disk"], Card.known("T4"), Card.known("H200"))
-    assert 0 < len(made.on_disk) < len(made.streamed) < 32
+    assert 0 < len(made.on_disk) < len(made.streamed) <= 32
     assert made.streamed_gib < ROWS["8b-disk"]["host_gib"]
 
 

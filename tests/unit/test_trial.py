@@ -12,7 +12,7 @@ from llamanb.architecture import architecture
 from llamanb.data import TrainingData
 from llamanb.data.encode import IGNORE, load_tokenizer
 from llamanb.memory import SEEN
-from llamanb.model import attach_adapters, load_model
+from llamanb.model import load_model
 from llamanb.rehearsal import random_rows
 from llamanb.tape import CHECKPOINTED, HALVED, STORED
 from llamanb.training.trainer import build_trainer, let_go
@@ -99,13 +99,14 @@ def test_a_trial_trains_that_many_layers_and_leaves_nothing(
 
 
 def test_letting_go_frees_the_embedding(mini, tmp_path):
-    """The Trainer registers embeddings with bitsandbytes' manager of 8-bit optimizers, which lives on."""
+    """The Trainer registers embeddings with bitsandbytes' manager of 8-bit optimizers, which lives on; where adapters
+    are trained it does not."""
     from bitsandbytes.optim import GlobalOptimManager
 
     rows = {"max_length": 16, "micro_batch_size": 2, "effective_batch_size": 2, "eval_rows": 0}
-    recipe = Recipe(model=str(mini), dataset="rows.jsonl", steps=1, optimizer="adamw_8bit", **rows)
+    recipe = Recipe(model=str(mini), dataset="rows.jsonl", method="full", steps=1, optimizer="adamw_8bit", **rows)
     made, tokenizer = plan(recipe, CPU), load_tokenizer(mini)
-    model = attach_adapters(load_model(made, tokenizer), recipe)
+    model = load_model(made, tokenizer)
     data = TrainingData("random", "token ids", tokenizer, random_rows(len(tokenizer), 16, 2, 2), [], [], [])
     trainer = build_trainer(made, model, data, tmp_path, [])
     trainer.train()

@@ -21,6 +21,21 @@ def test_the_math_kernel_runs_in_every_precision(dtype):
     assert "math" in tried.runs()
 
 
+def test_trying_leaves_no_workspace_of_a_second_thread(monkeypatch):
+    """cuBLAS keeps one for each thread that had a product, as long as the process lives."""
+    threads, grad = [], torch.autograd.grad
+
+    def watched(*args):
+        threads.append(torch.autograd.is_multithreading_enabled())
+        return grad(*args)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    working_attention("fp32", "cpu")
+    assert threads
+    assert not any(threads)
+    assert torch.autograd.is_multithreading_enabled()
+
+
 def test_kernels_that_are_switched_off_do_not_count():
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_math_sdp(False)
