@@ -26,7 +26,7 @@ NARROW, AT_ONCE = 64, 3
 wide."""
 ADDING_UP, MOST_SPLITS = 174, 16
 """Tokens of a row whose turn takes as long as adding up does. By these, the backward takes 1.01 times as long as with
-the best of nine numbers of parts, on average over 22 shapes on an H200, and 1.10 at most
+the best of nine numbers of parts, on average over 23 shapes on an H200, and 1.11 at most
 (benchmarks/attention_splits.py, benchmarks/results/speed.md)."""
 
 

@@ -9,6 +9,7 @@ from bitsandbytes.optim import AdamW
 
 from llamanb.tape import joined
 from llamanb.training.optimizer import JoinedAdamW
+from llamanb.training.recovery import go_on
 
 LAYER = [(64, 256), (512, 64), (16, 1024), (16, 64), (9, 1000), (32, 256)]
 """Of a layer: two tensors small for 8-bit states or with no whole blocks are among them."""
@@ -123,3 +124,32 @@ def test_only_what_has_gradients_is_updated():
     optimizer.step()
     changed = [not torch.equal(one, other) for one, other in zip(was, made, strict=True)]
     assert changed == [False] * len(LAYER) + [True] * len(LAYER)
+
+
+@pytest.mark.parametrize(("step", "at"), [*((0, at) for at in range(20)), *((1, at) for at in range(4))])
+def test_it_goes_on_where_it_came_to_when_memory_runs_out(monkeypatch, at, step):
+    """In its copies, or in a state that is made: what is updated is not updated twice."""
+
+    def trained_with(fails_at):
+        made, asked = parameters(), []
+        optimizer = joined_adamw(made)
+        go_on(optimizer)
+        trained(made, optimizer, step)
+        with monkeypatch.context() as patch:
+            for name, real in (("cat", torch.cat), ("zeros_like", torch.zeros_like)):
+
+                def counted(*args, take=real, **settings):
+                    asked.append(at)
+                    if len(asked) - 1 == fails_at:
+                        raise torch.OutOfMemoryError("CUDA out of memory")
+                    return take(*args, **settings)
+
+                patch.setattr(torch, name, counted)
+            trained(made, optimizer, 1, first=step)
+        return trained(made, optimizer, 1, first=step + 1), len(asked)
+
+    right, undisturbed = trained_with(None)
+    assert undisturbed == (4 if step else 20)
+    got, asked = trained_with(at)
+    assert asked > undisturbed
+    assert all(torch.equal(one, other) for one, other in zip(right, got, strict=True))
