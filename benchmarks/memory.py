@@ -57,6 +57,9 @@ CHOICES = {
 MOST_GIB = 40
 """Rows that need more are drawn again."""
 H200 = Card.known("H200")
+TWO_THREADS = ("1", "2", "3")
+"""Grids measured while the backward had a thread, and a cuBLAS workspace, of its own, and adapters were updated one by
+one."""
 STEPS = 3
 
 
@@ -136,8 +139,9 @@ def plan_of(row: dict, card: Card, checkpoint: str | None = None) -> Plan:
 
 
 def work_of(row: dict, card: Card) -> Workload:
+    """What the row trains, and how: as when its grid was measured."""
     plan = plan_of(row, card)
-    return workload(
+    work = workload(
         plan.recipe,
         card,
         architecture(MODELS[row["model"]]),
@@ -149,6 +153,9 @@ def work_of(row: dict, card: Card) -> Workload:
         layers=plan.layers,
         fused=plan.fused,
     )
+    if row["id"].split("-")[0] not in TWO_THREADS:
+        return work
+    return work.replace(blas_workspace=2 * work.blas_workspace, joined=False)
 
 
 def switch_kernels(kernel: str) -> None:

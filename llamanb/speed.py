@@ -4,10 +4,11 @@ A rough figure on a card of the table, good enough to rank layouts of one recipe
 measures it. A micro-batch takes little more than the longer of two: what the GPU needs (matrix products at the card's
 sustained rate, then everything else at its bandwidth), and what Python needs to launch it all. READS_PER_WRITE and
 LAUNCHES_PER_OPERATION are fitted to ten steps of transformers' layers timed alone on one H200, of 1B, 3B and 8B
-(benchmarks/results/memory.md); LAUNCHES_PER_FUSED and HIDING to fused ones there (benchmarks/results/speed.md; torch
-2.11, transformers 5.23, peft 0.21.2). Of 174 of those, steps with FlashAttention take 5 to 11 % longer than is said
-here, those without 19 to 58 % (138 % in one row since mended): the memory-efficient kernel reaches a third of the rate
-that is taken for attention on that card, and the optimizer's launches are left out.
+(benchmarks/results/memory.md); LAUNCHES_PER_FUSED and HIDING to 115 of fused ones there, in six rows
+(benchmarks/results/speed.md; torch 2.11, transformers 5.23, peft 0.21.2). Those ran without FlashAttention and take 13
+to 42 % longer than is said here, on average of each row: the memory-efficient kernel reaches a third of the rate that
+is taken for attention on that card, and what comes once a step is left out. Steps with FlashAttention took 7 and 16 %
+longer before launching took less Python; none was timed since.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ MLP_TILE = 4096
 LOSS_ROWS, LOSS_COLUMNS = 4096, 32768
 """Tile of logits in trl 1.16 (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)."""
 JOINED = 4 * 2**20
-"""Elements that the optimizer updates at once at most, in copies; a longer tensor by itself, in place."""
+"""Elements of adapters at most that are copied together for one update; a longer tensor is updated in place."""
 BLOCK = 64
 """Weights under one quantization constant in 4 bits (bitsandbytes' default)."""
 PAGED_FROM, QUANTIZED_FROM, STATE_BLOCK = 100_000, 4096, 256
@@ -76,7 +76,7 @@ class Workload:
     trained_tokens: int | None = None
     """Tokens of a micro-batch that the loss is taken on; None: all of them, the most there can be."""
     blas_workspace: int = 8_519_680
-    """Bytes that cuBLAS holds, for each thread that calls it."""
+    """Bytes that cuBLAS holds: a workspace for each thread that calls it, and one thread does."""
     joined: bool = True
     """Adapters are updated several at once (training/optimizer.py), where bitsandbytes updates them."""
     streamed: int = 0
@@ -99,7 +99,7 @@ def spread(count: int, layers: int) -> tuple[int, ...]:
 
 
 def joined(sizes: Sequence[int], of_layer: int) -> list[range]:
-    """Which tensors of so many elements, by number, one update of an 8-bit optimizer is for: neighbours of whole blocks
+    """Which tensors of so many elements, by number, one of bitsandbytes' updates is for: neighbours of whole blocks
     in the same layer, which has `of_layer` tensors. Every tensor is in one."""
     made: list[range] = []
     room = 0

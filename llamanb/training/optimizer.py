@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from bitsandbytes.optim import AdamW
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from llamanb.tape import joined
 
@@ -14,9 +15,9 @@ STATES = ("state1", "state2", "absmax1", "absmax2")
 
 
 class JoinedAdamW(AdamW):
-    """Updates adapters one behind the other at once (`tape.joined`), bit for bit as each by itself: an 8-bit state's
-    constants are for blocks of 256 elements, and what is joined has whole blocks. bitsandbytes (0.50) updates tensor by
-    tensor and waits for the GPU after each, five times as long.
+    """Updates several adapters at once, laid end to end (`tape.joined`), bit for bit as each by itself: constants of
+    8-bit states are for blocks of 256 elements, and what is joined has whole blocks. bitsandbytes (0.50) updates
+    tensor by tensor and waits for the GPU after each, about three times as long.
 
     What is joined has its state under its first parameter, and is updated where that has a gradient: all have, or none.
 
@@ -59,8 +60,7 @@ class JoinedAdamW(AdamW):
             torch._foreach_copy_([p.detach().view(-1) for p in parameters], long.detach().split(sizes))
 
     def load_state_dict(self, state_dict: dict, move_to_device: bool = True) -> None:
-        """Also states of bitsandbytes' own AdamW, tensor by tensor. They come as plain tensors (0.50), and are paged
-        again.
+        """Also states of bitsandbytes' own AdamW, tensor by tensor.
 
         Raises:
             ValueError: they are of other parameters.
@@ -70,28 +70,36 @@ class JoinedAdamW(AdamW):
             for _, parameters in self._together(group):
                 states = [self.state.pop(p) for p in parameters if p in self.state]
                 if states:
-                    self.state[parameters[0]] = self._joined(states, sum(p.numel() for p in parameters))
-
-    def _joined(self, states: Sequence[dict], size: int) -> dict:
-        state = states[0]
-        for name in (name for name in STATES if name in state):
-            alone = len(states) == 1
-            whole = state[name] if alone else torch.cat([one[name].flatten() for one in states])
-            if name.startswith("state"):
-                if whole.numel() != size:
-                    raise ValueError(f"an optimizer state of {whole.numel()} elements, for {size} that are trained")
-                buffer = self.get_state_buffer(whole, whole.dtype)
-                if whole.is_cuda:
-                    torch.cuda.synchronize()  # the buffer is filled with zeros meanwhile
-                whole = buffer.copy_(whole)
-            state[name] = whole
-        return state
+                    self.state[parameters[0]] = _joined(states, sum(p.numel() for p in parameters))
 
     def _together(self, group: dict) -> Iterator[tuple[int, Sequence[Parameter]]]:
         """With the number of the first."""
         parameters = group["params"]
         for numbers in joined([parameter.numel() for parameter in parameters], self.of_layer):
             yield numbers.start, parameters[numbers.start : numbers.stop]
+
+
+def page_again(optimizer: Optimizer) -> None:
+    """Moves loaded states back to paged memory: bitsandbytes (0.50) loads them as plain tensors on the GPU."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for state in optimizer.state.values():
+        for name in state.keys() & {"state1", "state2"}:
+            paged = optimizer.get_state_buffer(state[name], state[name].dtype)
+            if state[name].is_cuda:
+                torch.cuda.synchronize()  # the buffer is filled with zeros meanwhile
+            state[name] = paged.copy_(state[name])
+
+
+def _joined(states: Sequence[dict], size: int) -> dict:
+    """The state of `size` elements one behind the other."""
+    state = states[0]
+    if len(states) > 1:
+        state |= {name: torch.cat([one[name].flatten() for one in states]) for name in STATES if name in state}
+    if (found := state["state1"].numel()) != size:
+        raise ValueError(f"an optimizer state of {found} elements, for {size} that are trained")
+    return state
 
 
 def _long(parameters: Sequence[Parameter]) -> Parameter:

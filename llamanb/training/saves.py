@@ -19,6 +19,7 @@ from llamanb.nvml import first_line
 from llamanb.recipe import Recipe
 from llamanb.timeline import Timeline
 from llamanb.training.checkpoints import commit, flush
+from llamanb.training.optimizer import page_again
 from llamanb.training.resume import CHECKPOINTS, Progress
 from llamanb.training.step import StepTrainer
 
@@ -84,6 +85,7 @@ class CheckpointedTrainer(StepTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint:
+            page_again(self.optimizer)
             # What the saved states say was meant for as many steps and for the rate that there were to be then
             highest, step = self.args.learning_rate, self.lr_scheduler.last_epoch
             rates = [highest * rule(step) for rule in self.lr_scheduler.lr_lambdas]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from bitsandbytes.optim import AdamW
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl import SFTTrainer
@@ -25,10 +26,6 @@ from llamanb.ranks import ALONE, Ranks
 from llamanb.training.optimizer import JoinedAdamW
 from llamanb.training.recovery import go_on, smaller
 from llamanb.training.resume import RAN_OUT
-
-BUCKET = 64
-"""Ignored tokens bring a micro-batch that waits for launches to a multiple of this: cuBLAS takes its time over products
-of sizes that it has not seen."""
 
 
 def pool(rows: Sequence[dict]) -> dict:
@@ -86,7 +83,7 @@ class StepTrainer(SFTTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         made, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if self.plan.recipe.adapters and made is JoinedAdamW.__base__:
+        if self.plan.recipe.adapters and made is AdamW:
             trained = sum(parameter.requires_grad for parameter in self.model.parameters())
             of_layer = trained // self.model.config.num_hidden_layers
             self.optimizer_cls_and_kwargs = JoinedAdamW, {**settings, "of_layer": of_layer}
@@ -164,7 +161,7 @@ class StepTrainer(SFTTrainer):
         with (
             self.passes(len(micro_batches)) as begin,
             self.fused.step() if self.fused else contextlib.nullcontext(),
-            torch.autograd.set_multithreading_enabled(False),  # Python takes longer in a thread of autograd's
+            torch.autograd.set_multithreading_enabled(False),  # or Python runs in a second thread, more slowly
         ):
             for micro in micro_batches:
                 begin()
@@ -190,21 +187,9 @@ class StepTrainer(SFTTrainer):
                 rows = slice(begin, begin + plan.micro_batch_size)
                 yield _padded(ids[rows], labels[rows], self.processing_class.pad_token_id)
             return
-        most = plan.micro_batch_size * plan.length
-        for rows in pack(lengths, most):
-            taken = {"lengths": [lengths[i] for i in rows]}
-            more = min(-sum(taken["lengths"]) % BUCKET, most // len(rows) - taken["lengths"][-1])
-            more = max(more, 0) if _waits_for_launches(plan, sum(taken["lengths"])) else 0
-            taken["lengths"][-1] += more
-            for name, of, fill in (("input_ids", ids, 0), ("labels", labels, IGNORE)):
-                taken[name] = torch.cat([*(of[i] for i in rows), of[0].new_full((more,), fill)])
-            yield taken
-
-
-def _waits_for_launches(plan: Plan, tokens: int) -> bool:
-    """Whether a micro-batch of so many tokens takes the GPU less time than Python."""
-    time = plan.time
-    return time is not None and time.launch_s / plan.accumulation > time.gpu_s / (plan.share * plan.length) * tokens
+        for rows in pack(lengths, plan.micro_batch_size * plan.length):
+            taken = [torch.cat([of[i] for i in rows]) for of in (ids, labels)]
+            yield {"input_ids": taken[0], "labels": taken[1], "lengths": [lengths[i] for i in rows]}
 
 
 def _alone(count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:

@@ -38,7 +38,7 @@ def test_the_tiny_llama_made_smaller_and_recovered(run_notebook, tmp_path):
     disk, loaded, planned, here, _, perplexity, match, again, _, recovered, _, note = table["dense"]
     assert (disk, again, note) == ("3.546", "3.546", "as it was")
     assert float(loaded) == pytest.approx(2 * float(disk), rel=0.01)  # fp16 on disk, fp32 on a CPU
-    assert 40 < float(planned) < 80
+    assert 30 < float(planned) < 80
     assert 7 < float(here) < 12
     assert float(perplexity) < 1.15 > float(recovered)
     assert int(match.rstrip("%")) > 75

@@ -14,9 +14,11 @@ from llamanb.tape.workload import (
     CONSTANTS,
     EMBEDDINGS,
     GRADIENTS,
+    JOINED,
     LIBRARIES,
     LOSS,
     OPTIMIZER,
+    TEMPORARIES,
     WEIGHTS,
 )
 from tests.unit.test_tape import METHODS, make
@@ -141,6 +143,18 @@ def test_full_fine_tuning_takes_four_bytes_a_weight_four_a_gradient_and_the_stat
     assert steady[WEIGHTS] + steady[EMBEDDINGS] == pytest.approx(4 * model.parameters, rel=0.001)
     assert steady[GRADIENTS] == pytest.approx(4 * model.parameters, rel=0.001)
     assert steady[OPTIMIZER] == pytest.approx(a_parameter * model.parameters, rel=0.001)
+
+
+def test_what_is_updated_at_once_is_copied_a_layer_at_a_time():
+    """Weights and gradients, 4 bytes each; fused layers let go of more than that when the optimizer's part begins."""
+
+    def copied(rank=16, **fields):
+        return outline(of(EIGHT, rank=rank, **fields)).peaks[STEP][TEMPORARIES]
+
+    model = architecture(EIGHT)
+    assert copied() == 8 * 16 * sum(sum(model.linear(name)) for name in LINEAR_LAYERS) == 10_485_760
+    assert copied(fused=True) == copied(joined=False) == copied(optimizer="adamw_torch_fused") == 0
+    assert 0 < copied(rank=128) <= 8 * JOINED
 
 
 def test_paged_states_are_not_on_the_card():

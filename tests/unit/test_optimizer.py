@@ -2,13 +2,14 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bitsandbytes.optim import AdamW
 
 from llamanb.tape import joined
-from llamanb.training.optimizer import JoinedAdamW
+from llamanb.training.optimizer import JoinedAdamW, page_again
 from llamanb.training.recovery import go_on
 
 LAYER = [(64, 256), (512, 64), (16, 1024), (16, 64), (9, 1000), (32, 256)]
@@ -97,21 +98,32 @@ def test_states_of_other_parameters_are_refused():
         joined_adamw(others).load_state_dict(before.state_dict())
 
 
+@pytest.mark.parametrize("make", [joined_adamw, lambda made, **more: AdamW(made, **SETTINGS, optim_bits=8, **more)])
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
-def test_loaded_states_are_paged_again(monkeypatch):
+def test_loaded_states_are_paged_again(monkeypatch, make):
     """bitsandbytes loads them as plain tensors; only a GPU pages, so its buffers are watched here."""
     made, buffers = parameters(1), []
-    before = joined_adamw(made, is_paged=True)
+    before = make(made, is_paged=True)
     trained(made, before, 1)
-    optimizer = joined_adamw(made, is_paged=True)
+    optimizer = make(made, is_paged=True)
+    optimizer.load_state_dict(before.state_dict())
     take = optimizer.get_state_buffer
     monkeypatch.setattr(optimizer, "get_state_buffer", lambda *of: buffers.append(take(*of)) or buffers[-1])
-    optimizer.load_state_dict(before.state_dict())
+    page_again(SimpleNamespace(optimizer=optimizer))
     states = [state[name] for state in optimizer.state.values() for name in ("state1", "state2")]
     assert {id(state) for state in states} == {id(buffer) for buffer in buffers}
     for parameter, state in optimizer.state.items():
         for name, value in before.state[parameter].items():
             assert torch.equal(torch.as_tensor(state[name]), torch.as_tensor(value)), name
+
+
+def test_what_is_not_paged_stays_as_it_is():
+    made = parameters(1)
+    optimizer = joined_adamw(made)
+    trained(made, optimizer, 1)
+    was = [id(state["state1"]) for state in optimizer.state.values()]
+    page_again(optimizer)
+    assert [id(state["state1"]) for state in optimizer.state.values()] == was
 
 
 def test_only_what_has_gradients_is_updated():

@@ -32,7 +32,7 @@ VARIANTS = {
     "nf4": {},
     "whole": {"method": "full", "optimizer": "adamw_torch_fused", "micro_batch_size": 1, "schedule": "cosine"},
     "lora": {"method": "lora", "dora": True, "effective_batch_size": 6, "micro_batch_size": 3, "dropout": 0.5},
-    "int8": {"method": "qlora-int8", "optimizer": "adamw_8bit", "rank": 64, "micro_batch_size": 4},
+    "int8": {"method": "qlora-int8", "optimizer": "adamw_8bit", "rank": 128, "micro_batch_size": 4},
     "checkpointed": {"method": "lora", "checkpointing": "all", "epochs": 1.5, "steps": None, "warmup": 0.5},
 }
 

@@ -27,15 +27,16 @@ def chats(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def planned():
-    """The models, and the card, that memory was planned for while variants were measured."""
-    return []
+    """GiB that a training was planned to take while variants were measured, by model and card."""
+    return {}
 
 
 @pytest.fixture(scope="module")
 def found(chats, planned, tmp_path_factory):
     def plan(recipe, *rest, inner=accounting.plan, **more):
-        planned.append((recipe.model, *rest[:1]))
-        return inner(recipe, *rest, **more)
+        made = inner(recipe, *rest, **more)
+        planned[recipe.model, *rest[:1]] = made.needs_gib
+        return made
 
     grid = "wanda 0.5, wanda 2:4 0.5, channels 0.75, layers 0.1, whitened SVD 0.4"
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +66,7 @@ def test_bytes_and_memory_are_those_of_what_lies_there(found, planned):
     small = rows["channels 75%"]
     assert (small.before.disk, small.after.disk) == (pytest.approx(1.777e6, rel=1e-3),) * 2
     assert small.before.loaded == pytest.approx(2 * small.before.disk, rel=0.01)
-    assert (small.before.folder, Card.known("T4")) in planned
+    assert small.planned_gib == planned[small.before.folder, Card.known("T4")]
     assert small.trained_gib < 0.7 * rows["dense"].trained_gib
     factored = rows["whitened SVD 40%"]
     assert factored.before.loaded == pytest.approx(2 * factored.before.disk, rel=0.01)

@@ -12,11 +12,9 @@ from llamanb import Card, Recipe, plan
 from llamanb.data import TrainingData
 from llamanb.data.encode import IGNORE, Encoded, load_tokenizer
 from llamanb.model import attach_adapters, load_model
-from llamanb.model.fused import FusedDecoder
-from llamanb.speed import StepTime
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
 from llamanb.training.optimizer import JoinedAdamW
-from llamanb.training.step import BUCKET, StepTrainer, pool
+from llamanb.training.step import StepTrainer, pool
 from llamanb.training.trainer import build_trainer
 
 CPU = Card("CPU", None)
@@ -46,9 +44,9 @@ def test_a_pool_is_all_rows_one_behind_the_other():
     assert {made[name].dtype for name in ("input_ids", "labels")} == {torch.int64}
 
 
-def split(rows, *, fused, micro=2, length=LONGEST, time=None):
+def split(rows, *, fused, micro=2, length=LONGEST):
     """Micro-batches of a step."""
-    of_plan = SimpleNamespace(micro_batch_size=micro, length=length, accumulation=1, share=micro, time=time)
+    of_plan = SimpleNamespace(micro_batch_size=micro, length=length)
     trainer = SimpleNamespace(fused=fused or None, plan=of_plan, processing_class=SimpleNamespace(pad_token_id=499))
     return list(StepTrainer._micro_batches(trainer, pooled(rows)))
 
@@ -77,33 +75,6 @@ def test_fused_micro_batches_hold_all_rows_once_within_the_budget_longest_first(
 def test_a_row_longer_than_planned_for_stands_alone():
     made = split(rows_of(3, lengths=[5, 60, 5]), fused=True)
     assert [one["lengths"] for one in made] == [[60], [5, 5]]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "micro", "taken"),
-    [
-        ([100, 30, 20], 4, [[100, 30, 20 + 42]]),
-        ([64, 64], 4, [[64, 64]]),
-        ([100, 95, 90], 3, [[100, 95, 90 + 10]]),  # 35 would be more than kernels set aside
-        ([130, 20], 1, [[130], [20 + 44]]),  # a row longer than planned for stays as it is
-    ],
-)
-def test_ignored_tokens_bring_micro_batches_that_wait_for_launches_to_sizes_that_come_again(lengths, micro, taken):
-    rows = rows_of(len(lengths), lengths=lengths)
-    made = split(rows, fused=True, micro=micro, length=100, time=StepTime(launch_s=1))
-    assert [one["lengths"] for one in made] == taken
-    for row, (ids, labels) in zip(rows, [row for one in made for row in rows_in(one)], strict=True):
-        real = len(row.input_ids)
-        assert (ids[:real], labels[:real]) == (row.input_ids, row.labels)
-        assert set(labels[real:]) <= {IGNORE}
-
-
-@pytest.mark.parametrize(("launch_s", "taken"), [(0.49, 100), (0.51, 128)])
-def test_nothing_is_filled_up_where_the_gpu_takes_longer_than_launching(launch_s, taken):
-    """A second of the GPU for 200 tokens: 100 take it half of that."""
-    made = split(rows_of(2, lengths=[60, 40]), fused=True, length=100, time=StepTime(launch_s=launch_s, matrix_s=1))
-    assert [sum(one["lengths"]) for one in made] == [taken]
-    assert sum(split(rows_of(2, lengths=[60, 40]), fused=True, length=100)[0]["lengths"]) == 100, "nor on a CPU"
 
 
 def test_padded_micro_batches_hold_rows_in_their_order():
@@ -155,25 +126,6 @@ def mean_loss(trainer, rows):
         total += F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum").item()
         count += int((labels != IGNORE).sum())
     return total / count
-
-
-def test_what_fills_a_micro_batch_up_changes_neither_loss_nor_gradients(make, monkeypatch):
-    rows = rows_of(8)
-    trainer = make(rows, micro=8)
-    loss, gradients = stepped(trainer, rows)
-    trainer = make(rows, micro=8)
-    trainer.plan = trainer.plan.replace(time=StepTime(launch_s=1), length=2 * LONGEST)
-    seen, inner = [], FusedDecoder.__call__
-    monkeypatch.setattr(
-        FusedDecoder, "__call__", lambda self, ids, lengths: seen.append(len(ids)) or inner(self, ids, lengths)
-    )
-    filled, got = stepped(trainer, rows)
-    assert seen == [BUCKET * -(-sum(len(row.input_ids) for row in rows) // BUCKET)]
-    assert seen[0] > sum(len(row.input_ids) for row in rows)
-    assert filled == pytest.approx(loss, rel=1e-6)
-    assert gradients.keys() == got.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_the_backward_stays_in_the_thread_of_the_training(make):
