@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.choice_bench import RAN_OUT, SETTLING, TIMED, Bench
-from benchmarks.choice_report import label, report, verdict
+from benchmarks.choice_report import MEMORY, label, report, verdict
 from benchmarks.speed_processes import REPOSITORY, Clock, environment
 from benchmarks.speed_report import lines
 from benchmarks.speed_rows import EFFECTIVE, MODELS, OPTIMIZER, RANK
@@ -42,7 +42,7 @@ from llamanb import plan as make_plan
 from llamanb.architecture import architecture
 from llamanb.card import SPEEDS
 from llamanb.layout import GIB, Plan
-from llamanb.memory import outline
+from llamanb.memory import outline, predict
 from llamanb.planner import workload_of
 from llamanb.speed import step_time
 from llamanb.tape import CHECKPOINTED, HALVED, OFFLOADED, STORED
@@ -213,7 +213,9 @@ def timed(row: Row, bench: Bench, choices: dict[str, Plan]) -> list[dict]:
         said = step_time(work((micro, kinds)), plan.card, EFFECTIVE // micro) if line["status"] == TIMED else None
         more = {"enumerated": (micro, kinds) in enumerated, "chosen_by": by}
         if said:
+            takes = predict(work((micro, kinds)))
             more |= {"predicted_s": said.step_s, "predicted_gpu_s": said.gpu_s, "predicted_launch_s": said.launch_s}
+            more |= {f"predicted_{name}_gib": round(getattr(takes, name) / GIB, 4) for name in MEMORY}
         result.append({"kind": "layout", "row": row.id, "micro": micro, "layers": counted(kinds), **line, **more})
     facts = {"free_gib": plan.card.free_gib, "limit_gib": limit_gib, "took_s": round(time.monotonic() - begin, 1)}
     facts |= {speed: getattr(plan.card, speed) for speed in SPEEDS}

@@ -10,6 +10,8 @@ from benchmarks.speed_rows import EFFECTIVE
 
 WITHIN = 1.03
 """Times the fastest, that a choice may take in the row in which it is not itself the fastest."""
+MEMORY = ("allocated", "reserved")
+"""Of each layout timed: predicted, and torch's peaks."""
 HEAD = "row, fastest enumerated, s, GiB, chosen by, choice, s, GiB, may use GiB, times the fastest, "
 HEAD += "times the fastest that a plan may use, noise, timed, out of memory, not run"
 
@@ -57,7 +59,19 @@ def report(found: list[dict]) -> str:
             table.append("| " + " | ".join(map(str, cells)) + " |")
     stacks = sorted({f"{some[-1]['gpu']}, torch {some[-1]['torch']}" for some in by_row.values()})
     counts = [_count(name, each) for name, each in sorted(ratios.items())]
-    return "\n\n".join(["; ".join(stacks), "\n".join(table), *counts]) + "\n"
+    return "\n\n".join(["; ".join(stacks), "\n".join(table), *counts, *_memory(found)]) + "\n"
+
+
+def _memory(found: list[dict]) -> list[str]:
+    """How far predictions were off, where lines hold them."""
+    said = []
+    for name in MEMORY:
+        both = [(line.get(f"predicted_{name}_gib"), line.get(f"{name}_gib")) for line in found]
+        errors = [predicted / seen - 1 for predicted, seen in both if predicted and seen]
+        if errors:
+            mean, worst = statistics.mean(map(abs, errors)), max(errors, key=abs)
+            said.append(f"Memory {name} by {len(errors)} layouts: {mean:.2%} off on average, {worst:+.2%} at worst.")
+    return said
 
 
 def _count(name: str, each: list[tuple[float, float]]) -> str:

@@ -242,6 +242,14 @@ def test_verdicts_follow_from_the_times():
     assert "2 × 4: 5 mlp checkpointed, 3 stored" in text
 
 
+def test_memory_is_held_against_what_was_predicted():
+    found = [line(1, (STORED,) * 8, [1.0, 1.02], chosen_by=["plan"]), line(2, (STORED,) * 8, [1.01, 1.03]), ROW]
+    assert "Memory" not in report(found)
+    found[0] |= {"predicted_reserved_gib": 9.9}
+    found[1] |= {"predicted_reserved_gib": 10.3}
+    assert "Memory reserved by 2 layouts: 2.00% off on average, +3.00% at worst." in report(found)
+
+
 def test_a_choice_within_the_noise_of_the_fastest_counts_as_the_fastest():
     found = [line(1, (STORED,) * 8, [1.0, 1.02]), line(2, (STORED,) * 8, [1.01, 1.03], chosen_by=["plan"]), ROW]
     assert "in 1 of 1 rows" in report(found)
