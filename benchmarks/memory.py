@@ -68,6 +68,7 @@ def grid(seed: int, count: int, *, fused: bool = False) -> list[dict]:
     source, rows = random.Random(seed), []
     while len(rows) < count:
         row = {name: source.choice(values) for name, values in CHOICES.items()} | ({"fused": True} if fused else {})
+        row["id"] = f"{seed}-{len(rows) + 1}"
         if fused and (row["dropout"] or row["method"] == "qlora-int8" or row["kernel"] in ("math", "cudnn")):
             continue
         scores = row["rows"] * row["length"] ** 2
@@ -77,7 +78,7 @@ def grid(seed: int, count: int, *, fused: bool = False) -> list[dict]:
         memory = predict(work_of(row, H200), expandable=row["expandable"])
         if memory.reserved > MOST_GIB * GIB:
             continue
-        rows.append({"id": f"{seed}-{len(rows) + 1}", **row, "predicted": told(memory)})
+        rows.append({**row, "predicted": told(memory)})
     return rows
 
 
