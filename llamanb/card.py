@@ -19,13 +19,14 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from llamanb.errors import GpuError, RecipeError
+from llamanb.errors import GpuError
 from llamanb.html import Table
 from llamanb.machine import surroundings
 from llamanb.nvml import first_line, nvml_handle, nvml_memory, start_nvml
-from llamanb.trials import DTYPES, KERNELS, Attention, working_attention
+from llamanb.precision import BF16_CAPABILITY, Precision, choose_precision, dotted
+from llamanb.trials import KERNELS, Attention, working_attention
 
 GIB = 2**30
 
@@ -42,64 +43,15 @@ NUMBERS = {
     "bandwidth_gbs": ("GB/s", "its memory"),
     "host_link_gbs": ("GB/s", "from the host"),
     "launch_us": ("microseconds", "launch of an operation"),
+    "flash_tflops": ("TFLOP/s", "FlashAttention"),
+    "efficient_tflops": ("TFLOP/s", "memory-efficient attention"),
+    "multiprocessors": ("multiprocessors", ""),
 }
 """Units of a card's numbers, and what those are called that have a row of their own in its table."""
-SPEEDS = ("tflops", "bandwidth_gbs", "host_link_gbs", "launch_us")
+SPEEDS = ("tflops", "bandwidth_gbs", "host_link_gbs", "launch_us", "flash_tflops", "efficient_tflops")
 
-BF16_CAPABILITY = (8, 0)
-"""The first compute capability with bf16 matrix units (Ampere)."""
-
-
-class Precision(NamedTuple):
-    """What a card computes in, and why: the two belong together wherever they are shown."""
-
-    dtype: str
-    """One of `DTYPES`."""
-    reason: str
-
-
-def choose_precision(capability: tuple[int, int] | None, wanted: str = "auto") -> Precision:
-    """The dtype for the 16-bit parts of a training run.
-
-    It asks the compute capability and not `torch.cuda.is_bf16_supported()`, which is True on a T4: emulation counts.
-
-    Args:
-        capability: compute capability of the GPU; None for a CPU.
-        wanted: a recipe's `precision`: "auto", or one of `DTYPES`.
-
-    Raises:
-        RecipeError: `wanted` is no precision.
-        GpuError: bf16 below capability 8.0, or fp16 on a CPU.
-    """
-    if wanted not in ("auto", *DTYPES):
-        why = "It is not a precision that llamanb knows."
-        raise RecipeError(f"precision={wanted!r}", why, f"One of: auto, {', '.join(DTYPES)}.")
-    if capability is None:
-        if wanted == "fp16":
-            raise GpuError(
-                'precision="fp16" without a GPU',
-                "fp16 needs loss scaling, which llamanb does on a GPU only.",
-                'Set precision="auto": fp32 on a CPU, and fp16 or bf16 by itself on a GPU.',
-            )
-        if wanted == "auto":
-            return Precision("fp32", "a CPU: fp32 runs on every one, and the tiny model has room")
-        quicker = "; whether it is quicker than fp32 depends on the CPU" if wanted == "bf16" else ""
-        return Precision(wanted, f"as asked{quicker}")
-    number = dotted(capability)
-    has_bf16 = tuple(capability) >= BF16_CAPABILITY
-    if wanted == "bf16" and not has_bf16:
-        raise GpuError(
-            f'precision="bf16" on a GPU of compute capability {number}',
-            "bf16 matrix units begin at 8.0 (RTX 30, A100, L4). torch.cuda.is_bf16_supported() says True here because "
-            "it counts emulation.",
-            'Set precision="auto" (fp16 with loss scaling on this GPU).',
-        )
-    if wanted != "auto":
-        return Precision(wanted, "as asked")
-    if has_bf16:
-        return Precision("bf16", f"compute capability {number} has bf16, which needs no loss scaling")
-    reason = f"compute capability {number} is below 8.0: bf16 would be emulated (torch still calls it supported)"
-    return Precision("fp16", reason)
+PRETENDED = "pretend "
+"""How the name of a card begins for which another GPU computes (llamanb.pretend)."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +92,11 @@ class Card:
     """GB/s that the disk reads, past its cache."""
     launch_us: float | None = None
     """Microseconds that Python and torch take to launch one operation."""
+    flash_tflops: float | None = None
+    efficient_tflops: float | None = None
+    """TFLOP/s of attention, forward and backward, by FlashAttention and by the memory-efficient kernel, in the card's
+    own 16-bit dtype and with all of its multiprocessors at work."""
+    multiprocessors: int | None = None
     pages: bool = True
     """Whether what paged optimizers keep can leave it for the host's memory. Not on WSL2, which lacks managed memory
     (NVIDIA's CUDA on WSL guide, Known Limitations)."""
@@ -203,6 +160,7 @@ class Card:
             left = max(free / GIB - KERNELS_LATER_GIB, 0.0)
             workspace = blas_workspace_mib(torch, capability)
             card = cls(properties.name, capability, total / GIB, left, blas_workspace_mib=workspace, pages=pages)
+            card = replace(card, multiprocessors=properties.multi_processor_count)
         tried = (try_attention or working_attention)(card.dtype, "cpu" if index is None else f"cuda:{index}")
         return replace(card, attention=tried.runs(), attention_gqa=tried.runs(gqa=True))
 
@@ -218,7 +176,7 @@ class Card:
 
     @classmethod
     def measure(cls, save: bool = True) -> Card:
-        """This machine's card, measured: context, kernels that run, speeds. About four seconds, 0.6 GiB.
+        """This machine's card, measured: context, kernels that run, speeds. About five seconds, 1 GiB.
 
         Args:
             save: keep it in the user's cache folder, for `here`.
@@ -285,6 +243,11 @@ class Card:
     @property
     def is_gpu(self) -> bool:
         return self.capability is not None
+
+    @property
+    def is_pretended(self) -> bool:
+        """Whether a GPU that has more computes in its place."""
+        return self.name.startswith(PRETENDED)
 
     def table(self) -> Table:
         """Its facts, one a row."""
@@ -381,8 +344,3 @@ def _free_bytes(torch: Any, index: int, properties: Any, nvml: Any) -> tuple[int
     if seen and seen.is_of(total):
         free = min(free, seen.free)
     return total, min(free + cache, total)
-
-
-def dotted(capability: tuple[int, int]) -> str:
-    """(7, 5) as "7.5"."""
-    return ".".join(map(str, capability))

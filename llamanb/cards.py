@@ -18,6 +18,7 @@ cards.csv holds what NVIDIA publishes and, beside it, what was measured or is an
 * bandwidth_gbs: published; copies reached 0.84 of it on an H200.
 * host_link_gbs: 80 % of the PCIe link's nominal rate, which is 15.75 GB/s for 16 lanes of the third generation and
   doubles with each (an H200 reached 87).
+* multiprocessors: published.
 * launch_us: estimates for the machines that such cards stand in, 8 on a desktop or a new server (5.8 measured beside an
   H200), 15 on Colab's or Kaggle's shared cores.
 
@@ -33,9 +34,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from llamanb.card import Card, dotted, grouped_kernels
+from llamanb.card import Card, grouped_kernels
 from llamanb.errors import GpuError
 from llamanb.html import Table
+from llamanb.precision import dotted
 
 with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
     ROWS = {row["name"]: row for row in csv.DictReader(file)}
@@ -52,6 +54,7 @@ def _card(row: Mapping[str, str]) -> Card:
         attention=(*grouped[:-1], "memory-efficient", "math"),
         attention_gqa=grouped,
         tflops=round(float(row["peak_tflops"]) * float(row["sustained"]), 1),
+        multiprocessors=int(row["multiprocessors"]),
         source=f"table: {row['source']}",
         **{field: float(row[field]) for field in as_they_stand},
     )

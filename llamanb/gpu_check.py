@@ -12,16 +12,18 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from llamanb import card as cards
 from llamanb import machine
-from llamanb.card import Card, Precision, choose_precision
+from llamanb.card import Card
 from llamanb.errors import GpuError, LlamanbError
 from llamanb.html import Table, join, paragraph, visible
 from llamanb.nvml import NvmlMemory, ask, gpu_processes, nvml_handle, nvml_handles, nvml_memory, start_nvml
+from llamanb.precision import Precision, choose_precision, dotted
 from llamanb.setup.loaded import version
-from llamanb.trials import Attention, try_precisions, working_attention
+from llamanb.trials import DTYPES, Attention, plain, seconds_per_call, working_attention
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def check_gpu(
     torch: Any = None,
     nvml: Any = None,
     try_attention: Callable[..., Attention] = working_attention,
-    try_precision: Callable[..., dict] = try_precisions,
+    try_precision: Callable[..., dict] | None = None,
     proc: str = "/proc",
     environ: Mapping[str, str] = os.environ,
 ) -> GpuCheck:
@@ -132,7 +134,7 @@ def check_gpu(
         ["runs on", ", ".join(places) or "Linux"],
     ]
     if index is not None:
-        rows[0][1] = f"{card.name}, compute capability {cards.dotted(capability)}"
+        rows[0][1] = f"{card.name}, compute capability {dotted(capability)}"
         rows.insert(1, ["GPU memory", f"{card.free_gib:.1f} GiB free of {card.vram_gib:.1f} GiB"])
         if torch.cuda.device_count() > 1:
             rows[0][1] += f" (number {index} of the {torch.cuda.device_count()} that torch sees)"
@@ -141,8 +143,8 @@ def check_gpu(
         summary=Section(Table(["this machine", ""], rows), (*notes, *loaded.notes)),
         memory=memory,
         processes=memory_holders(started, handle, no_nvml, own_pid=None if index is None else os.getpid()),
-        precision=precisions(capability, chosen, try_precision(device), device),
-        attention=Section(attention.table(), tuple(attention_notes(attention))),
+        precision=precisions(capability, chosen, (try_precision or try_precisions)(device), device),
+        attention=Section(kernels(attention), tuple(attention_notes(attention))),
         host=host,
         versions=loaded,
     )
@@ -251,6 +253,30 @@ def mib(size: int | None) -> str:
 # What it computes
 
 
+def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str, float | str]:
+    """TFLOP/s of one matrix product in each of `DTYPES`, or the error where it does not run.
+
+    A hint, not a benchmark: the mean of four, on square matrices. It shows which precision has matrix units: a T4
+    takes bf16 and computes it many times slower than fp16.
+
+    Args:
+        device: a torch device.
+        size: rows of the matrices; 4096 on a GPU (0.2 GiB for a moment in fp32), 512 on a CPU.
+    """
+    torch = importlib.import_module("torch")
+    size = size or (4096 if torch.device(device).type == "cuda" else 512)
+    found: dict[str, float | str] = {}
+    for name, dtype in DTYPES.items():
+        try:
+            matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+            found[name] = 2 * size**3 / seconds_per_call(partial(torch.mm, matrix, matrix), device) / 1e12
+        except Exception as error:  # the refusal is the answer, whatever its type
+            found[name] = plain(error)
+        matrix = None
+    torch.cuda.empty_cache()  # what the matrices took is for whoever comes next
+    return found
+
+
 def precisions(
     capability: tuple[int, int] | None, chosen: Precision, tried: Mapping[str, float | str], device: str
 ) -> Section:
@@ -271,6 +297,13 @@ def precisions(
 def speed(tflops: float) -> str:
     """A rate of arithmetic, given in TFLOP/s."""
     return f"{tflops:,.1f} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:,.0f} GFLOP/s"
+
+
+def kernels(tried: Attention) -> Table:
+    """Which attention kernels ran, and why the others did not."""
+    rows = [[kernel, tried.plain[kernel] or "runs", tried.grouped[kernel] or "runs"] for kernel in tried.plain]
+    caption = f"Attention kernels tried on {tried.device} in {tried.dtype}, forward and backward"
+    return Table(["kernel", "equal heads", "grouped heads (Llama 3)"], rows, caption)
 
 
 def attention_notes(attention: Attention) -> list[str]:

@@ -18,10 +18,11 @@ from dataclasses import replace
 from typing import Any
 
 from llamanb import cards
-from llamanb.card import BF16_CAPABILITY, GIB, KERNELS_LATER_GIB, SPEEDS, Card, answering, dotted, gpu_in_use
+from llamanb.card import GIB, KERNELS_LATER_GIB, PRETENDED, SPEEDS, Card, answering, gpu_in_use
 from llamanb.card import blas_workspace_mib as workspace_mib
 from llamanb.errors import GpuError
 from llamanb.measured import figures
+from llamanb.precision import BF16_CAPABILITY, dotted
 from llamanb.trials import KERNELS
 
 _undo = contextlib.ExitStack()
@@ -76,8 +77,9 @@ def pretend(name: str, *, ballast: bool = False, torch: Any = None, driver: Any 
     known = figures(there, total / GIB)
     return replace(
         card,
-        name=f"pretend {card.name}",
+        name=f"{PRETENDED}{card.name}",
         blas_workspace_mib=workspace_mib(torch, capability),
+        multiprocessors=there.multi_processor_count,
         source=f"memory and kernels of a {card.name}; speed of the {there.name} it runs on"
         + (f" ({known.source})" if known else ", not known"),
         **{field: getattr(known, field, None) for field in SPEEDS},

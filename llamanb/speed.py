@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from llamanb import turns
 from llamanb.card import Card
 from llamanb.copies import copies_s, link, reads_s
 from llamanb.memory import outline
@@ -31,7 +32,9 @@ Python where large ones do. Where both take as long, a step takes 1.09 times tha
 MASKED_HALF = 0.5
 """Causal attention computes half of all scores."""
 ATTENTION_RATE = 0.5
-"""Of the card's matrix rate, in attention."""
+"""Of the card's matrix rate, in attention, where the rate of its kernel was not measured."""
+BACKWARD = 2.5
+"""Attention's arithmetic in the backward pass, by that of the forward pass."""
 FP32_RATE = 1 / 8
 """Of the 16-bit matrix rate, without matrix units (T4: 8.1 of 65 TFLOP/s)."""
 
@@ -81,7 +84,24 @@ def flops(work: Workload) -> tuple[float, float]:
     matrix += head * (4 if work.full else 2 if work.fused else 3)  # trl computes the logits again in the backward pass
     scores = 4 * tokens * work.length * model.q * MASKED_HALF
     attended_again = sum(kind in (CHECKPOINTED, OFFLOADED) for kind in work.layers)
-    return matrix, scores * (3.5 * model.layers + attended_again)
+    return matrix, scores * ((1 + BACKWARD) * model.layers + attended_again)
+
+
+def _attention_s(work: Workload, card: Card, rate: float) -> float:
+    """Seconds of attention in a micro-batch; `rate`: FLOP/s of the card's matrix products."""
+    measured = {"flash": card.flash_tflops, "memory-efficient": card.efficient_tflops}.get(work.kernel)
+    rate = measured * 1e12 if measured and work.dtype != "fp32" else ATTENTION_RATE * rate
+    return flops(work)[1] / rate * (1 + BACKWARD * _idling(work, card)) / (1 + BACKWARD)
+
+
+def _idling(work: Workload, card: Card) -> float:
+    """How many times as long attention's backward pass takes as with all multiprocessors at work."""
+    if not (work.fused and work.kernel == "memory-efficient" and card.multiprocessors):
+        return 1.0
+    model, major = work.model, turns.AMPERE if card.is_pretended else card.capability[0]
+    blocks, places = work.rows * model.heads, turns.places(card.multiprocessors, model.head_size)
+    parts = turns.parts(blocks, places, work.length) if turns.may_split(major, model.head_size) else 1
+    return turns.turns(blocks, places, work.length, parts) * places / blocks
 
 
 def _stalls(work: Workload, card: Card, gpu_s: float) -> float:
@@ -108,7 +128,6 @@ def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
     """Estimated time of an optimizer step of `accumulation` micro-batches; None where the card's speed is not known."""
     if not (card.tflops and card.bandwidth_gbs):
         return None
-    matrix, attention = flops(work)
     rate = card.tflops * 1e12 * (FP32_RATE if work.dtype == "fp32" else 1)
     outlined, launches = outline(work), LAUNCHES_PER_FUSED if work.fused else LAUNCHES_PER_OPERATION
     moved = outlined.written * (1 + READS_PER_WRITE)
@@ -117,8 +136,8 @@ def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
     offloaded = sum(kind == OFFLOADED for kind in work.layers)
     copied = 2 * offloaded * work.tokens * work.model.hidden * BYTES[work.dtype]
     made = StepTime(
-        matrix_s=accumulation * matrix / rate,
-        attention_s=accumulation * attention / (rate * ATTENTION_RATE),
+        matrix_s=accumulation * flops(work)[0] / rate,
+        attention_s=accumulation * _attention_s(work, card, rate),
         memory_s=accumulation * moved / (card.bandwidth_gbs * 1e9),
         link_s=accumulation * copied / link(card),
         launch_s=accumulation * outlined.operations * launches * (card.launch_us or 10) * 1e-6,

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from llamanb import __version__
 from llamanb.architecture import architecture
-from llamanb.card import choose_precision, gpu_in_use
+from llamanb.card import gpu_in_use
 from llamanb.claims import BASELINE, CLAIMS, HALF, MUCH, NOISE, NOT_FUSED, PADDED, UNPADDED, mib
 from llamanb.data import TrainingData, load_data
 from llamanb.data.encode import IGNORE, Encoded
@@ -37,6 +37,7 @@ from llamanb.layout import EXPANDED_ATTENTION
 from llamanb.memory import SEEN
 from llamanb.planner import plan
 from llamanb.plots import Picture
+from llamanb.precision import choose_precision
 from llamanb.recipe import Recipe
 from llamanb.run import FINISHED, Run
 from llamanb.tape import CHECKPOINTED, STORED

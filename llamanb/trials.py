@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from llamanb.html import Table
 from llamanb.nvml import first_line
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -44,19 +43,6 @@ class Attention:
     def runs(self, gqa: bool = False) -> tuple[str, ...]:
         """Names of the kernels that ran."""
         return tuple(kernel for kernel, error in (self.grouped if gqa else self.plain).items() if not error)
-
-    def table(self) -> Table:
-        rows = [[kernel, self.plain[kernel] or "runs", self.grouped[kernel] or "runs"] for kernel in self.plain]
-        caption = f"Attention kernels tried on {self.device} in {self.dtype}, forward and backward"
-        return Table(["kernel", "equal heads", "grouped heads (Llama 3)"], rows, caption)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def working_attention(
@@ -132,34 +118,10 @@ def refusal(kernel: str, error: Exception, messages: Sequence[str]) -> str:
             mine = text.lower().replace(" ", "-").startswith(kernel)
         elif mine and text not in reasons:
             reasons.append(text)
-    return " ".join(reasons) or _plain(error)
+    return " ".join(reasons) or plain(error)
 
 
-def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str, float | str]:
-    """TFLOP/s of one matrix product in each of `DTYPES`, or the error where it does not run.
-
-    A hint, not a benchmark: the mean of four, on square matrices. It shows which precision has matrix units: a T4
-    takes bf16 and computes it many times slower than fp16.
-
-    Args:
-        device: a torch device.
-        size: rows of the matrices; 4096 on a GPU (0.2 GiB for a moment in fp32), 512 on a CPU.
-    """
-    torch = importlib.import_module("torch")
-    size = size or (4096 if torch.device(device).type == "cuda" else 512)
-    found: dict[str, float | str] = {}
-    for name, dtype in DTYPES.items():
-        try:
-            matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
-            found[name] = 2 * size**3 / _seconds_per_call(partial(torch.mm, matrix, matrix), device) / 1e12
-        except Exception as error:  # the refusal is the answer, whatever its type
-            found[name] = _plain(error)
-        matrix = None
-    torch.cuda.empty_cache()  # what the matrices took is for whoever comes next
-    return found
-
-
-def _seconds_per_call(work: Callable[[], Any], device: str, at_least_s: float = 0.0, burst: int = 4) -> float:
+def seconds_per_call(work: Callable[[], Any], device: str, at_least_s: float = 0.0, burst: int = 4) -> float:
     """Seconds that one `work()` takes, over bursts that keep a GPU's queue from running empty."""
     torch = importlib.import_module("torch")
     synchronize = partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else lambda: None
@@ -184,19 +146,23 @@ class Rates:
     bandwidth_gbs: float | None
     host_link_gbs: float | None
     launch_us: float | None
+    flash_tflops: float | None = None
+    efficient_tflops: float | None = None
 
 
 def measure_rates(dtype: str, device: str, *, free_gib: float, seconds: float = 0.5) -> Rates:
-    """Matrix products, copies in the GPU's memory and from pinned host memory, and launches of a small operation.
+    """Matrix products, copies in the GPU's memory and from pinned host memory, launches of a small operation, and
+    attention.
 
-    Up to 0.5 GiB of the GPU for a moment, a quarter of what is free where that is less; 64 MiB of pinned host memory.
-    The matrices are random: zeros switch fewer transistors and run faster than any model does.
+    Up to 1 GiB of the GPU for a moment, half of what is free where that is less; 64 MiB of pinned host memory. The
+    matrices are random: zeros switch fewer transistors and run faster than any model does. Attention has a head for
+    each multiprocessor.
 
     Args:
         dtype: one of `DTYPES`, 16 bits wide.
         device: a torch device, a GPU.
         free_gib: what may be allocated.
-        seconds: how long to multiply; the copies and launches take about as long together.
+        seconds: how long to multiply; all else takes about as long, and half again.
     """
     torch = importlib.import_module("torch")
     room = min(free_gib / 4, 0.5) * 2**30
@@ -208,24 +174,45 @@ def measure_rates(dtype: str, device: str, *, free_gib: float, seconds: float = 
             size //= 2
         a, b = (torch.randn(size, size, device=device, dtype=what) for _ in range(2))
         out = torch.empty_like(a)
-        return 2 * size**3 / _seconds_per_call(lambda: torch.mm(a, b, out=out), device, seconds) / 1e12
+        return 2 * size**3 / seconds_per_call(lambda: torch.mm(a, b, out=out), device, seconds) / 1e12
 
     def copies() -> float:
         size = int(room // 2)
         source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-        taken_s = _seconds_per_call(lambda: target.copy_(source), device, seconds / 4)
+        taken_s = seconds_per_call(lambda: target.copy_(source), device, seconds / 4)
         return 2 * size / taken_s / 1e9  # read once, written once
 
     def from_host() -> float:
         size = min(64 * 2**20, int(room))
         source = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
         target = torch.zeros(size, dtype=torch.uint8, device=device)
-        return size / _seconds_per_call(lambda: target.copy_(source, non_blocking=True), device, seconds / 4) / 1e9
+        return size / seconds_per_call(lambda: target.copy_(source, non_blocking=True), device, seconds / 4) / 1e9
 
     def launches() -> float:
         number = torch.zeros(1, device=device)
         # 500 at once are fewer than the GPU's queue holds: the last one waits for none before it
-        return 1e6 * _seconds_per_call(lambda: number.add_(1), device, seconds / 4, burst=500)
+        return 1e6 * seconds_per_call(lambda: number.add_(1), device, seconds / 4, burst=500)
+
+    def attention(kernel: str) -> float:
+        backends, functional = importlib.import_module("torch.nn.attention"), torch.nn.functional
+        heads, size, length = torch.cuda.get_device_properties(device).multi_processor_count, 128, 2048
+        while length > 256 and 12 * 2 * length * heads * size > 2 * room:  # what both passes keep, and work with
+            length //= 2
+
+        def both_passes() -> None:
+            torch.autograd.grad(functional.scaled_dot_product_attention(*leaves, is_causal=True), leaves, gradient)
+
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autograd.set_multithreading_enabled(False),
+            backends.sdpa_kernel(getattr(backends.SDPBackend, KERNELS[kernel][0])),
+        ):
+            gradient, *leaves = (torch.randn(1, heads, length, size, device=device, dtype=what) for _ in range(4))
+            for leaf in leaves:
+                leaf.requires_grad_()
+            taken_s = seconds_per_call(both_passes, device, seconds / 4)
+        return 3.5 * 2 * length**2 * heads * size / taken_s / 1e12
 
     def tried(trial: Callable[[], float]) -> float | None:
         try:
@@ -236,10 +223,11 @@ def measure_rates(dtype: str, device: str, *, free_gib: float, seconds: float = 
             torch.cuda.empty_cache()
 
     with torch.inference_mode():
-        return Rates(tried(products), tried(copies), tried(from_host), tried(launches))
+        attentions = (tried(partial(attention, kernel)) for kernel in ("flash", "memory-efficient"))
+        return Rates(tried(products), tried(copies), tried(from_host), tried(launches), *attentions)
 
 
-def _plain(error: Exception) -> str:
+def plain(error: Exception) -> str:
     text = first_line(error) or type(error).__name__
     if text.startswith(("No available kernel", "No viable backend")):  # and no reason came with it
         return "torch has no such kernel for this device and dtype"

@@ -7,9 +7,7 @@ grouped heads (attention.py); here keys and values are repeated for as long as i
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,17 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llamanb import turns
+
 CAUSAL = 1
 """The memory-efficient kernel's number for a mask in which each token sees itself and what comes before."""
-AMPERE = 8
-"""Its major compute capability."""
-NARROW, AT_ONCE = 64, 3
-"""Blocks of the memory-efficient kernel's backward that an H200's multiprocessor takes at once, with heads up to so
-wide."""
-ADDING_UP, MOST_SPLITS = 174, 16
-"""Tokens of a row whose turn takes as long as adding up does. By these, the backward takes 1.01 times as long as with
-the best of nine numbers of parts, on average over 23 shapes on an H200, and 1.11 at most
-(benchmarks/attention_splits.py, benchmarks/results/speed.md)."""
 
 
 def for_rows(lengths: Sequence[int], kernel: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -108,16 +99,8 @@ class _Efficient(torch.autograd.Function):
 def splits(query: Tensor, longest: int) -> int:
     """Parts into which the memory-efficient kernel's backward is to split the keys of rows of up to `longest` tokens;
     query (batch, tokens, heads, head size). One part adds up in the same order each time, more do not."""
-    narrow, there = query.shape[3] <= NARROW, torch.cuda.get_device_properties(query.device)
-    if torch.are_deterministic_algorithms_enabled() or not (narrow or there.major >= AMPERE):
-        return 1  # before Ampere the kernel may set memory aside for each part of wide heads
+    there, size = torch.cuda.get_device_properties(query.device), query.shape[3]
+    if torch.are_deterministic_algorithms_enabled() or not turns.may_split(there.major, size):
+        return 1
     rows = round(query.shape[0] * query.shape[1] / longest)  # at least one
-    return _splits(rows * query.shape[2], there.multi_processor_count * (AT_ONCE if narrow else 1), longest)
-
-
-@functools.lru_cache(maxsize=1024)
-def _splits(blocks: int, places: int, longest: int) -> int:
-    """One part of one row and head is one block of threads, of which the GPU has room for so many at once: all take as
-    many turns as that makes, each of a part's time, and add up their parts of the queries' gradient."""
-    turns = {parts: math.ceil(blocks * parts / places) / parts for parts in range(1, MOST_SPLITS + 1)}
-    return min(turns, key=lambda parts: turns[parts] + (turns[1] * ADDING_UP / longest if parts > 1 else 0))
+    return turns.parts(rows * query.shape[2], turns.places(there.multi_processor_count, size), longest)

@@ -106,7 +106,7 @@ def test_flash_and_cudnn_switched_off_leave_llama_the_math_kernel(found):
 
 
 def test_precisions_run_and_have_sensible_rates():
-    from llamanb.trials import try_precisions
+    from llamanb.gpu_check import try_precisions
 
     rates = try_precisions()
     print(f"\nTFLOP/s {rates}")
@@ -120,7 +120,7 @@ FRESH = """
 import os, time
 import torch
 from llamanb import card as cards
-from llamanb.trials import try_precisions
+from llamanb.gpu_check import try_precisions
 start = time.perf_counter()
 free, total = torch.cuda.mem_get_info()
 print(f"context made in {time.perf_counter() - start:.2f} s")

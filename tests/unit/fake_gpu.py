@@ -25,7 +25,9 @@ class FakeTorch:
         self, name="Tesla T4", capability=(7, 5), total=14910, free=14700, reserved=0, allocated=0, gpus=1, built="12.8"
     ):
         self.version = SimpleNamespace(cuda=built)
-        self.properties = SimpleNamespace(name=name, major=capability[0], minor=capability[1], uuid=T4_UUID)
+        self.properties = SimpleNamespace(
+            name=name, major=capability[0], minor=capability[1], uuid=T4_UUID, multi_processor_count=40
+        )
         self.cuda = SimpleNamespace(
             is_available=lambda: gpus > 0,
             device_count=lambda: gpus,

@@ -11,8 +11,9 @@ from fake_gpu import MIB, FakeNvml, FakeTorch, attention_that_runs, no_nvml, t4
 
 from llamanb import card as cards
 from llamanb import nvml as views
-from llamanb.card import Card, choose_precision
+from llamanb.card import Card
 from llamanb.errors import GpuError, RecipeError
+from llamanb.precision import choose_precision
 
 LATER = cards.KERNELS_LATER_GIB
 T4_BY_HAND = Card(name="T4", capability=(7, 5), vram_gib=14.56, free_gib=14.0)

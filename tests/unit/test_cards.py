@@ -11,11 +11,13 @@ import pytest
 from fake_gpu import T4_UUID, FakeNvml, FakeTorch, attention_that_runs, no_nvml, t4
 
 from llamanb import Card, cards, measured, pretend
-from llamanb.card import KERNELS_LATER_GIB
+from llamanb.card import KERNELS_LATER_GIB, SPEEDS
 from llamanb.errors import GpuError
 from llamanb.trials import Rates
 
-RATES = Rates(tflops=23.5, bandwidth_gbs=240.0, host_link_gbs=12.0, launch_us=11.0)
+RATES = Rates(
+    tflops=23.5, bandwidth_gbs=240.0, host_link_gbs=12.0, launch_us=11.0, flash_tflops=None, efficient_tflops=9.5
+)
 OWN = os.getpid()
 
 
@@ -161,7 +163,8 @@ def test_the_table_needs_neither_torch_nor_nvml():
 def test_a_measured_card_is_kept_whole(cache):
     card = measure()
     assert card.context_gib == pytest.approx(600 / 1024)
-    assert (card.tflops, card.bandwidth_gbs, card.host_link_gbs, card.launch_us) == dataclasses.astuple(RATES)
+    assert tuple(getattr(card, speed) for speed in SPEEDS) == dataclasses.astuple(RATES)
+    assert card.multiprocessors == 40
     assert card.free_gib == pytest.approx(14700 / 1024 - KERNELS_LATER_GIB)
     assert card.source.startswith("measured 20")
     assert [path.name for path in cache.iterdir()] == [f"GPU-{T4_UUID}.json"]
@@ -323,7 +326,9 @@ class FakeDriver:
 
 
 def h200(**changes):
-    return FakeTorch(**{"name": "NVIDIA H200", "capability": (9, 0), "total": 143155, "free": 142500} | changes)
+    torch = FakeTorch(**{"name": "NVIDIA H200", "capability": (9, 0), "total": 143155, "free": 142500} | changes)
+    torch.properties.multi_processor_count = 132
+    return torch
 
 
 def test_an_h200_as_a_t4_and_back():
@@ -334,6 +339,9 @@ def test_an_h200_as_a_t4_and_back():
     assert card.attention_gqa == ("math",)
     assert card.workspace_mib == 32  # cuBLAS is the H200's
     assert card.tflops == Card.known("H200").tflops
+    assert card.multiprocessors == 132
+    assert card.is_pretended
+    assert not Card.known("T4").is_pretended
     assert "speed of the NVIDIA H200" in card.source
     assert torch.fraction * 143155 / 1024 == pytest.approx(14.40)
     assert torch.switches == {"flash": False, "cudnn": False, "mem_efficient": True, "math": True}

@@ -131,7 +131,7 @@ SINKS = {
         "me/x", True, text, {"README.md": text.encode("utf-8", "replace"), text: b""}, (text,), text or "x"
     ),
     "files": lambda text: Run(Path("runs") / text[:80], a_plan(), Timeline("")).files(),
-    "attention": lambda text: Attention(text, text, {text: text}, {text: text}),
+    "attention": lambda text: gpu_check.kernels(Attention(text, text, {text: text}, {text: text})),
     "memory of GPUs": gpu_memory,
     "report of a GPU": gpu_report,
     "tokens": tokens,

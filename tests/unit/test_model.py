@@ -206,7 +206,8 @@ def test_4_bits_that_a_cpu_would_take_for_others_are_refused_before_anything_is_
 
 
 def test_a_cpu_does_take_them_for_others():
-    """bitsandbytes 0.50.2. Should this fail, it has been mended, and `require_method` need not refuse them any more."""
+    """bitsandbytes 0.50.2 on CPUs with AVX512; others take the right constants. Should this fail, it has been mended,
+    and `require_method` need not refuse them any more."""
     rounded = {}
     for width in (96, 128):
         rows = torch.arange(64)[:, None]
@@ -214,7 +215,7 @@ def test_a_cpu_does_take_them_for_others():
         back = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
         rounded[width] = float((back - weight).norm() / weight.norm())
     assert rounded[128] < 0.12
-    assert rounded[96] > 0.5
+    assert rounded[96] > 0.5 if torch.cpu._is_avx512_supported() else rounded[96] < 0.12
 
 
 def test_missing_and_truncated_weights_are_named(mini, tmp_path):

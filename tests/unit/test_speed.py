@@ -1,6 +1,8 @@
 """The estimate of a step's time: what it is made of, and what changes it."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +117,44 @@ def test_an_unknown_speed_gives_no_time(unknown):
 @pytest.mark.parametrize("unknown", ["host_link_gbs", "launch_us"])
 def test_of_the_rest_a_usual_figure_is_taken(unknown):
     assert step_time(make(OFFLOADED), dataclasses.replace(T4, **{unknown: None}), 1).step_s > 0
+
+
+RAW = Path(__file__).parents[2] / "benchmarks/results/raw/attention_splits.jsonl"
+LONG = [line for line in map(json.loads, RAW.read_text().splitlines()) if line["length"] >= 1024]
+
+
+@pytest.mark.parametrize("line", LONG, ids=lambda line: f"{line['rows']}x{line['length']}")
+def test_attention_takes_what_was_measured_from_one_row_to_many(line):
+    """Of the memory-efficient kernel on an H200, by one rate; rows of 512 tokens are too short for it."""
+    shape = dataclasses.replace(EIGHT, heads=line["heads"], head_size=line["head_size"])
+    fields = {"model": shape, "rows": line["rows"], "length": line["length"], "kernel": "memory-efficient"}
+    card = dataclasses.replace(Card.known("H200"), efficient_tflops=130.0)
+    took = step_time(make(fused=True, **fields), card, 1).attention_s / EIGHT.layers
+    ms = {int(parts): ms for parts, ms in line["backward_ms"].items()}
+    measured = line["forward_ms"] + ms[min(ms, key=lambda parts: abs(parts - line["taken"]))]
+    assert 1000 * took == pytest.approx(measured, rel=0.2)
+
+
+def test_a_kernel_has_the_rate_that_was_measured_for_it():
+    measured = dataclasses.replace(Card.known("RTX 4090"), flash_tflops=100.0, efficient_tflops=50.0)
+    times = [
+        step_time(make(kernel=kernel), measured, 1).attention_s for kernel in ("flash", "memory-efficient", "cudnn")
+    ]
+    half = measured.tflops / 2
+    assert times[1] == pytest.approx(2 * times[0])
+    assert times[2] == pytest.approx(times[0] * 100 / half)
+
+
+def test_blocks_that_fill_no_turn_leave_a_card_idle():
+    """32 blocks of a row on 40 multiprocessors; where keys may be split, and a GPU pretends, fewer stand still."""
+    whole = dataclasses.replace(T4, multiprocessors=32)
+    fields = {"kernel": "memory-efficient", "fused": True, "rows": 1, "length": 4096}
+    full, idle, unknown = (
+        step_time(make(**fields), card, 1).attention_s
+        for card in (whole, T4, dataclasses.replace(T4, multiprocessors=None))
+    )
+    assert full == unknown
+    assert idle == pytest.approx(full * (1 + 2.5 * 40 / 32) / 3.5)
+    wide = dataclasses.replace(T4, multiprocessors=320)
+    split = dataclasses.replace(wide, name="pretend T4")
+    assert step_time(make(**fields), split, 1).attention_s < 0.5 * step_time(make(**fields), wide, 1).attention_s

@@ -1,8 +1,11 @@
 """What really runs: tried on this CPU; a GPU's refusals from texts that torch gives there."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from llamanb.trials import DTYPES, KERNELS, Attention, Rates, measure_rates, refusal, try_precisions, working_attention
+from llamanb.gpu_check import kernels, try_precisions
+from llamanb.trials import DTYPES, KERNELS, Attention, Rates, measure_rates, refusal, working_attention
 
 torch = pytest.importorskip("torch")
 
@@ -108,6 +111,8 @@ def cpu_as_gpu(monkeypatch):
     """Lets the rates be measured on the CPU; returns the sizes in bytes of what was allocated."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    properties = SimpleNamespace(multi_processor_count=2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     sizes = []
 
     def recorded(make):
@@ -128,6 +133,13 @@ def test_rates_are_measured_in_little_memory_where_little_is_free(cpu_as_gpu):
     assert min(rates.tflops, rates.bandwidth_gbs, rates.host_link_gbs, rates.launch_us) > 0
     assert sum(cpu_as_gpu[:3]) <= 0.01 * 2**30 / 4
     assert sum(cpu_as_gpu[3:5]) <= 0.01 * 2**30 / 4
+    assert 0 < 3 * sum(cpu_as_gpu[8:12]) <= 0.01 * 2**30 / 2  # and its result, gradients, and what they are made in
+
+
+def test_attention_is_measured_by_the_kernel_that_runs(cpu_as_gpu):
+    rates = measure_rates("bf16", "cpu", free_gib=0.01, seconds=0.01)
+    assert rates.flash_tflops > 0  # a CPU's flash kernel; it has no memory-efficient one
+    assert rates.efficient_tflops is None
 
 
 def test_a_rate_that_cannot_be_measured_is_none(cpu_as_gpu, monkeypatch):
@@ -138,12 +150,13 @@ def test_a_rate_that_cannot_be_measured_is_none(cpu_as_gpu, monkeypatch):
     rates = measure_rates("fp16", "cpu", free_gib=0.01, seconds=0.01)
     assert rates.tflops is None
     assert rates.bandwidth_gbs > 0
-    monkeypatch.setattr(torch, "zeros", no_room)
+    for name in ("zeros", "randn"):
+        monkeypatch.setattr(torch, name, no_room)
     assert measure_rates("fp16", "cpu", free_gib=0.01, seconds=0.01) == Rates(None, None, None, None)
 
 
 def test_how_trials_read():
-    tried = Attention("fp16", "cuda:0", plain={"math": ""}, grouped={"math": "<script>"})
+    tried = kernels(Attention("fp16", "cuda:0", plain={"math": ""}, grouped={"math": "<script>"}))
     assert "tried on cuda:0 in fp16" in str(tried)
     assert "runs" in repr(tried)
     assert "<script>" not in tried._repr_html_()
