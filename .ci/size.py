@@ -18,6 +18,7 @@ EXTRAS = (
     "__main__.py",
     "gpu_check.py",
     "rehearsal.py",
+    "reach.py",
     "tradeoffs.py",
     "tradeoffs_picture.py",
     "claims.py",

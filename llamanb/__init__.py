@@ -21,7 +21,7 @@ _HOME = {
     "Plan": "layout",
     "plan": "planner",
     "rehearse": "rehearsal",
-    "trainable": "advice",
+    "trainable": "reach",
     "load_data": "data",
     "train": "training",
     "Run": "run",

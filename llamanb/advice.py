@@ -1,4 +1,4 @@
-"""What would fit: the smallest changes to a recipe that does not, and what a card can train at all."""
+"""What would fit: the smallest changes to a recipe that does not."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ TAKEN = 0.05
 CONTEXT_GIB = 0.9
 """What a process takes of a card beside tensors, at most, where it was not measured (an H200: 0.6, and 0.14 later)."""
 SMALLER = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-1B-Instruct")
-TABLE_MODELS = (*reversed(SMALLER), "meta-llama/Llama-3.3-70B-Instruct")
-TABLE_METHODS = ("qlora-nf4", "qlora-int8", "lora", "full")
 
 
 def does_not_fit(plan: Plan, model: Architecture, *, rehearsed: bool = False) -> DoesNotFitError:
@@ -116,7 +114,7 @@ def _longest(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
     """The plan for shorter rows than the recipe's, in multiples of STEP: the longest that fit, or nearly so, since it
     takes gaps to be the same share of the memory as where rows were last too long."""
     gaps, steps = 0.0, (recipe.max_length - 1) // STEP
-    while steps := _most(steps, recipe, card, model, gaps):
+    while steps := most_steps(steps, recipe, card, model, gaps):
         made = search(recipe.replace(max_length=steps * STEP), card, model, force=True)
         if made.fits:
             return made
@@ -124,7 +122,7 @@ def _longest(recipe: Recipe, card: Card, model: Architecture) -> Plan | None:
     return None
 
 
-def _most(steps: int, recipe: Recipe, card: Card, model: Architecture, gaps: float = GAPS_GUESS) -> int:
+def most_steps(steps: int, recipe: Recipe, card: Card, model: Architecture, gaps: float = GAPS_GUESS) -> int:
     """How many times STEP the longest rows are that seem to fit with such gaps, `steps` at most."""
 
     def too_long(steps: int) -> bool:
@@ -147,33 +145,3 @@ def _smallest_card(recipe: Recipe, card: Card, model: Architecture) -> Plan | No
     larger = sorted((one for one in KNOWN.values() if one.vram_gib > card.vram_gib), key=lambda one: one.vram_gib)
     able = (one for one in larger if one.runs_default_torch and (recipe.precision != "bf16" or one.dtype == "bf16"))
     return _first((recipe, replace(one, host_gib=card.host_gib), model) for one in able)
-
-
-def trainable(card: Card | str | None = None) -> Table:
-    """What a card can train: for each model and method the longest row, in tokens, with every layer recomputed; and
-    where the weights have to wait in host memory or on disk for that, that they do."""
-    card = streaming.in_its_machine(card)
-    headers = ["model", "parameters", *TABLE_METHODS]
-    if not card.is_gpu:
-        return Table(headers, [], 'a CPU: its memory is not planned for; trainable("T4") asks for a card')
-    rows = []
-    for name in TABLE_MODELS:
-        model = architecture(name)
-        cells = [_reached(model, method, card) for method in TABLE_METHODS]
-        rows.append([name.split("/")[1], f"{model.parameters / 1e9:.2f} B", *cells])
-    caption = f"longest row in tokens on {card.name} ({card.free_gib:.2f} GiB, less a margin): one row at a time, "
-    caption += "every layer recomputed, rank 16 on all linear layers"
-    for word, where in (("streamed", "in host memory"), ("from disk", "on disk as well, which is slow")):
-        if any(word in cell for row in rows for cell in row):
-            caption += f"; {word}: weights wait {where}"
-    return Table(headers, rows, caption)
-
-
-def _reached(model: Architecture, method: str, card: Card) -> str:
-    """Longest row that fits with every layer recomputed and one row at a time; gaps are guessed, not replayed."""
-    recipe = Recipe(model=model.name, method=method, effective_batch_size=1, checkpointing="all")
-    ways = ("resident", card, ""), ("auto", replace(card, disk_gib=0.0), " streamed"), ("auto", card, " from disk")
-    for weights, machine, words in ways:
-        if steps := _most(model.max_positions // STEP, recipe.replace(weights=weights), machine, model):
-            return f"{STEP * steps:,}{words}"
-    return "no"

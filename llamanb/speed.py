@@ -21,19 +21,22 @@ from llamanb.copies import copies_s, link, reads_s
 from llamanb.memory import outline
 from llamanb.tape import BYTES, CHECKPOINTED, HALVED, OFFLOADED, STORED, Workload
 
-READS_PER_WRITE = 2.5
-"""Bytes read for each byte an operation writes: a product of two reads twice, a cast once."""
+READS_PER_WRITE, READS_PER_FUSED, READS_PER_WEIGHT = 2.5, 4.0, 0.26
+"""Bytes read for each byte an operation writes: a product of two reads twice, a cast once. Fused layers write less for
+as much that is read; a weight of 4 bits is read once, with its constants, where 16 are written."""
 LAUNCHES_PER_OPERATION, LAUNCHES_PER_FUSED = 5.0, 7.0
 """Launches, and Python around them, for each allocation: views, in-place operations, peft's, autograd's and Triton's
 code. Fused layers allocate less, for as much of it."""
 HIDING = 8
 """Launching and computing hide behind each other, but not wholly: the GPU waits where small kernels follow one another,
 Python where large ones do. Where both take as long, a step takes 1.09 times that."""
+LAUNCHES_PER_UPDATE = 155
+"""Of each layer's adapters, once a step, with nothing to hide behind: unscaling, clipping, the optimizer."""
 MASKED_HALF = 0.5
 """Causal attention computes half of all scores."""
 ATTENTION_RATE = 0.5
 """Of the card's matrix rate, in attention, where the rate of its kernel was not measured."""
-BACKWARD = 2.5
+ATTENTION_BACKWARD = 2.5
 """Attention's arithmetic in the backward pass, by that of the forward pass."""
 FP32_RATE = 1 / 8
 """Of the 16-bit matrix rate, without matrix units (T4: 8.1 of 65 TFLOP/s)."""
@@ -52,6 +55,8 @@ class StepTime:
     stall_s: float = 0.0
     """Waiting for the weights of streamed layers, where their copies, or the disk, take longer than what they hide
     behind."""
+    update_s: float = 0.0
+    """What comes once a step, of adapters."""
     measured_s: float | None = None
     """The whole step as a rehearsal found it; comes first."""
 
@@ -63,12 +68,25 @@ class StepTime:
     def step_s(self) -> float:
         if self.measured_s is not None:
             return self.measured_s
-        return (self.gpu_s**HIDING + self.launch_s**HIDING) ** (1 / HIDING)
+        return (self.gpu_s**HIDING + self.launch_s**HIDING) ** (1 / HIDING) + self.update_s
 
 
 def _forward_flops(work: Workload) -> float:
     """Of one layer's products, forward."""
     return 2 * work.tokens * (work.model.layer_linear_parameters + _adapters(work))
+
+
+def _head_flops(work: Workload) -> float:
+    """Of the head's products, forward and backward; trl computes the logits again in the backward pass."""
+    return 2 * work.tokens * work.model.hidden * work.model.vocabulary * (4 if work.full else 2 if work.fused else 3)
+
+
+def _moved(work: Workload, written: int) -> float:
+    """Bytes that a micro-batch reads and writes beside the products themselves, where it allocates so many."""
+    if not work.fused:
+        return written * (1 + READS_PER_WRITE)
+    weights = (flops(work)[0] - _head_flops(work)) / work.tokens if work.quantization else 0  # two bytes, two FLOPs
+    return (written - weights) * (1 + READS_PER_FUSED) + weights * (1 + READS_PER_WEIGHT)
 
 
 def flops(work: Workload) -> tuple[float, float]:
@@ -80,18 +98,17 @@ def flops(work: Workload) -> tuple[float, float]:
     whole = forward - (down if work.fused else 0)  # fused layers leave the last product out
     again = {STORED: 0, HALVED: mlp, CHECKPOINTED: whole, OFFLOADED: whole}
     matrix = model.layers * (forward + backward) + sum(again[kind] for kind in work.layers)
-    head = 2 * tokens * model.hidden * model.vocabulary
-    matrix += head * (4 if work.full else 2 if work.fused else 3)  # trl computes the logits again in the backward pass
+    matrix += _head_flops(work)
     scores = 4 * tokens * work.length * model.q * MASKED_HALF
     attended_again = sum(kind in (CHECKPOINTED, OFFLOADED) for kind in work.layers)
-    return matrix, scores * ((1 + BACKWARD) * model.layers + attended_again)
+    return matrix, scores * ((1 + ATTENTION_BACKWARD) * model.layers + attended_again)
 
 
 def _attention_s(work: Workload, card: Card, rate: float) -> float:
     """Seconds of attention in a micro-batch; `rate`: FLOP/s of the card's matrix products."""
     measured = {"flash": card.flash_tflops, "memory-efficient": card.efficient_tflops}.get(work.kernel)
     rate = measured * 1e12 if measured and work.dtype != "fp32" else ATTENTION_RATE * rate
-    return flops(work)[1] / rate * (1 + BACKWARD * _idling(work, card)) / (1 + BACKWARD)
+    return flops(work)[1] / rate * (1 + ATTENTION_BACKWARD * _idling(work, card)) / (1 + ATTENTION_BACKWARD)
 
 
 def _idling(work: Workload, card: Card) -> float:
@@ -129,8 +146,9 @@ def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
     if not (card.tflops and card.bandwidth_gbs):
         return None
     rate = card.tflops * 1e12 * (FP32_RATE if work.dtype == "fp32" else 1)
-    outlined, launches = outline(work), LAUNCHES_PER_FUSED if work.fused else LAUNCHES_PER_OPERATION
-    moved = outlined.written * (1 + READS_PER_WRITE)
+    launches, launch_s = LAUNCHES_PER_FUSED if work.fused else LAUNCHES_PER_OPERATION, (card.launch_us or 10) * 1e-6
+    outlined = outline(work)
+    moved = _moved(work, outlined.written)
     trained = work.model.parameters if work.full else _adapters(work) * work.model.layers
     moved += trained * 4 * 7 / accumulation  # Adam reads four, writes three
     offloaded = sum(kind == OFFLOADED for kind in work.layers)
@@ -140,6 +158,7 @@ def step_time(work: Workload, card: Card, accumulation: int) -> StepTime | None:
         attention_s=accumulation * _attention_s(work, card, rate),
         memory_s=accumulation * moved / (card.bandwidth_gbs * 1e9),
         link_s=accumulation * copied / link(card),
-        launch_s=accumulation * outlined.operations * launches * (card.launch_us or 10) * 1e-6,
+        launch_s=accumulation * outlined.operations * launches * launch_s,
     )
-    return replace(made, stall_s=accumulation * _stalls(work, card, made.step_s / accumulation))
+    update_s = 0 if work.full else work.model.layers * LAUNCHES_PER_UPDATE * launch_s
+    return replace(made, stall_s=accumulation * _stalls(work, card, made.step_s / accumulation), update_s=update_s)

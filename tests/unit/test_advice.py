@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from llamanb import Card, Recipe, planner
-from llamanb.advice import CONTEXT_GIB, STEP, TABLE_METHODS, changes_that_fit, does_not_fit, fitting, trainable
+from llamanb.advice import CONTEXT_GIB, STEP, changes_that_fit, does_not_fit, fitting
 from llamanb.architecture import architecture
 from llamanb.memory import _replayed
 from llamanb.planner import search, smallest_fits
+from llamanb.reach import METHODS, trainable
 
 EIGHT, ONE = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
 SEVENTY = "meta-llama/Llama-3.3-70B-Instruct"
@@ -35,7 +36,7 @@ def reach(card: str) -> dict[str, dict[str, int]]:
 
 def test_what_a_t4_can_train():
     found = reach("T4")
-    assert list(found) == list(TABLE_METHODS)
+    assert list(found) == list(METHODS)
     assert found["qlora-nf4"]["Llama-3.1-8B-Instruct"] > 8192
     assert found["lora"]["Llama-3.1-8B-Instruct"] == 0
     assert found["full"]["Llama-3.2-1B-Instruct"] == 0

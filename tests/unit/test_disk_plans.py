@@ -73,8 +73,9 @@ def test_a_step_takes_as_long_as_the_slowest_of_arithmetic_link_and_disk(disk_gb
     one = work(32, streamed=32, rows=2)
     below = 32 - 12 + STAGED
     reads, copies = (n * 30 / 32 * streamed_bytes(one) / 1e9 for n in (below / disk_gbs, 32 / 8.0))
-    free = step_time(work(32, rows=2), card, 1).step_s
-    stalls = sum(max(0.0, max(reads, copies) - share * free) for share in shares(one))
+    free = step_time(work(32, rows=2), card, 1)
+    hides_s = free.step_s - free.update_s
+    stalls = sum(max(0.0, max(reads, copies) - share * hides_s) for share in shares(one))
     assert step_time(one, card, 1).stall_s == pytest.approx(stalls, rel=1e-6)
     assert (reads > copies) == (disk_gbs < 8)
 

@@ -107,6 +107,7 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"search"},
     {"planner", "data", "gpu_check"},
     {"advice"},
+    {"reach"},
     {"timeline", "attempts", "scores", "ranks"},
     {"model", "plots", "generate", "evaluate", "quiet", "starter"},
     {"watch"},
@@ -159,6 +160,7 @@ EXTRAS = {
     "__main__",
     "gpu_check",
     "rehearsal",
+    "reach",
     "tradeoffs",
     "tradeoffs_picture",
     "claims",
@@ -196,7 +198,7 @@ def test_only_loading_and_fused_layers_know_streamed_ones():
     assert _uses("llamanb.model.weight_files") == {f"model/{user}" for user in ("homes", "piecewise", "quantized")}
     assert _uses("llamanb.model.homes") == {"model/piecewise", "model/streamed"}
     assert _uses("llamanb.copies") == {"search", "speed", "streaming"}
-    assert _uses("llamanb.streaming") == {"search", "planner", "advice", "training/__init__", "ui/form"}
+    assert _uses("llamanb.streaming") == {"search", "planner", "advice", "reach", "training/__init__", "ui/form"}
 
 
 def test_no_file_a_reader_would_dread():

@@ -157,7 +157,7 @@ def test_optimizer_and_precision_are_kept():
 
 
 def test_layers_are_recomputed_where_memory_is_short_and_the_first_ones():
-    roomy, tight = plan(eight(), "RTX 4090"), plan(eight(), "RTX 3060")
+    roomy, tight = (plan(eight(max_length=2048), card) for card in ("RTX 4090", "RTX 3060"))
     assert roomy.recomputed == 0
     assert 0 < tight.recomputed < 32
     assert tight.layers == (HALVED,) * tight.recomputed + (STORED,) * (32 - tight.recomputed)

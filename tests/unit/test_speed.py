@@ -10,7 +10,7 @@ from llamanb import Card
 from llamanb.architecture import architecture
 from llamanb.memory import outline
 from llamanb.recipe import LINEAR_LAYERS
-from llamanb.speed import LAUNCHES_PER_FUSED, LAUNCHES_PER_OPERATION, flops, step_time
+from llamanb.speed import LAUNCHES_PER_FUSED, LAUNCHES_PER_OPERATION, READS_PER_WEIGHT, flops, step_time
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED, Workload
 
 EIGHT = architecture("meta-llama/Llama-3.1-8B-Instruct")
@@ -87,10 +87,10 @@ def test_fp32_is_slower():
 def test_a_step_waits_for_the_slower_of_python_and_gpu():
     patient = dataclasses.replace(T4, launch_us=100_000.0)
     waiting = step_time(make(), patient, 1)
-    assert waiting.step_s == pytest.approx(waiting.launch_s)
+    assert waiting.step_s == pytest.approx(waiting.launch_s + waiting.update_s)
     assert waiting.launch_s > waiting.gpu_s
     busy = step_time(make(rows=8), T4, 1)
-    assert busy.step_s == pytest.approx(busy.gpu_s, rel=1e-3)
+    assert busy.step_s == pytest.approx(busy.gpu_s + busy.update_s, rel=1e-3)
     assert busy.gpu_s == busy.matrix_s + busy.attention_s + busy.memory_s + busy.link_s
 
 
@@ -106,7 +106,21 @@ def test_what_takes_as_long_as_the_other_does_not_hide_wholly():
     each = dataclasses.replace(T4, launch_us=T4.launch_us * busy.gpu_s / busy.launch_s)
     even = step_time(make(rows=8), each, 1)
     assert even.launch_s == pytest.approx(even.gpu_s)
-    assert even.step_s == pytest.approx(2**0.125 * even.gpu_s)
+    assert even.step_s == pytest.approx(2**0.125 * even.gpu_s + even.update_s)
+
+
+def test_adapters_are_updated_once_a_step():
+    one, two = (step_time(make(), T4, accumulation).update_s for accumulation in (1, 8))
+    assert one == two > 0
+    assert step_time(make(full=True, quantization=None), T4, 1).update_s == 0
+
+
+def test_a_weight_of_four_bits_is_read_in_four_and_written_in_sixteen():
+    """Its bytes, forward and backward; and again where a layer recomputes all but its last product."""
+    size = T4.bandwidth_gbs * 1e9 / (2 * EIGHT.layers * EIGHT.layer_linear_parameters)
+    few, many = (step_time(make(fused=True, rows=rows, length=256), T4, 1).memory_s for rows in (1, 2))
+    of_weights = (2 * few - many) * size  # what one micro-batch takes whatever its tokens
+    assert of_weights == pytest.approx(2 * (1 + READS_PER_WEIGHT), rel=0.15)
 
 
 @pytest.mark.parametrize("unknown", ["tflops", "bandwidth_gbs"])

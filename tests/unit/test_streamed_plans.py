@@ -84,8 +84,10 @@ def test_copies_that_take_longer_than_the_layers_are_waited_for():
     assert step_time(one, fast, 1).stall_s == 0
     resident, waits = step_time(free, slow, 1), step_time(one, slow, 1)
     copies = 2 * (32 - BUFFERS) * streamed_bytes(one) / 2.5e9
-    assert waits.stall_s == pytest.approx(copies - resident.step_s, rel=0.01), "both ways are all copies"
-    assert waits.step_s == pytest.approx(copies, rel=0.01)
+    assert waits.stall_s == pytest.approx(copies - (resident.step_s - resident.update_s), rel=0.01), (
+        "both ways are all copies"
+    )
+    assert waits.step_s - waits.update_s == pytest.approx(copies, rel=0.01)
     tokens = [
         step_time(work(32, streamed=32, rows=rows), dataclasses.replace(card, host_link_gbs=8.0), 1).stall_s
         for rows in (1, 4, 16)
@@ -141,7 +143,7 @@ def test_the_fewest_tokens_that_hide_copies_are_where_stalls_end(link):
     free = tokens_that_hide(work(32, streamed=32, length=TOKENS, rows=16), card)
     stalls = {
         rows: step_time(work(32, streamed=32, length=TOKENS, rows=rows), card, 1).stall_s
-        for rows in (int(0.94 * free / TOKENS), round(1.06 * free / TOKENS) + 1)
+        for rows in (int(0.92 * free / TOKENS), round(1.06 * free / TOKENS) + 1)
     }
     assert free % TOKENS == 0
     assert [stall > 0 for stall in stalls.values()] == [True, False]
