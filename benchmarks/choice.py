@@ -12,7 +12,8 @@ else (`Card.measure`), and once more after `rehearse`, where OUT holds it; both 
 process, on the same model and trainer (choice_bench.py).
 
 A layout is looked at shortly; then the FINALISTS fastest, the fastest in as much memory as a plan may use, and the
-choices are timed again in two passes, in one order and in the other. What separates the passes is the noise.
+choices are timed again in three passes, in one order, in the other, and once more. Their median counts, since a host
+that is busy elsewhere for a moment lengthens one of them; what separates the nearest two is the noise.
 
 Not everything has to run. What keeps more than a layout that ran out of memory is not tried, nor what recomputes more
 than one of its family that is SLOWER than the best already; the lines of OUT say so of each.
@@ -203,7 +204,7 @@ def timed(row: Row, bench: Bench, choices: dict[str, Plan]) -> list[dict]:
     runs = sorted((one for one in found if found[one]["status"] == TIMED), key=lambda one: found[one]["step_s"])
     allowed = [one for one in runs if not limit_gib or found[one]["reserved_gib"] <= limit_gib]
     final = [one for one in runs if one in (*runs[:FINALISTS], *allowed[:1], *chosen.values())]
-    for order in (final, final[::-1]):
+    for order in (final, final[::-1], final):
         for layout in order:
             again = bench.attempt(laid_out(plan, layout), bench.final)
             found[layout].setdefault("final_s", []).append(again.get("step_s"))

@@ -4,11 +4,9 @@ A rough figure on a card of the table, good enough to rank layouts of one recipe
 measures it. A micro-batch takes little more than the longer of two: what the GPU needs (matrix products at the card's
 sustained rate, then everything else at its bandwidth), and what Python needs to launch it all. READS_PER_WRITE and
 LAUNCHES_PER_OPERATION are fitted to ten steps of transformers' layers timed alone on one H200, of 1B, 3B and 8B
-(benchmarks/results/memory.md); LAUNCHES_PER_FUSED and HIDING to 115 of fused ones there, in six rows
-(benchmarks/results/speed.md; torch 2.11, transformers 5.23, peft 0.21.2). Those ran without FlashAttention and take 13
-to 42 % longer than is said here, on average of each row: the memory-efficient kernel reaches a third of the rate that
-is taken for attention on that card, and what comes once a step is left out. Steps with FlashAttention took 7 and 16 %
-longer before launching took less Python; none was timed since.
+(benchmarks/results/memory.md); the constants of fused layers, HIDING and LAUNCHES_PER_UPDATE to 274 of fused ones there,
+in ten rows, seven of them without FlashAttention (benchmarks/results/speed.md; torch 2.11, transformers 5.23, peft
+0.21.2). With the card's speeds measured, the steps that plans take there are met to 3 % on average, 7 at worst.
 """
 
 from __future__ import annotations

@@ -195,24 +195,35 @@ def measure_rates(dtype: str, device: str, *, free_gib: float, seconds: float = 
         return 1e6 * min(seconds_per_call(lambda: number.add_(1), device, burst=500) for _ in range(20))
 
     def attention(kernel: str) -> float:
-        backends, functional = importlib.import_module("torch.nn.attention"), torch.nn.functional
+        aten, backends = torch.ops.aten, importlib.import_module("torch.nn.attention")
         heads, size, length = torch.cuda.get_device_properties(device).multi_processor_count, 128, 2048
         while length > 256 and 12 * 2 * length * heads * size > 2 * room:  # what both passes keep, and work with
             length //= 2
 
-        def both_passes() -> None:
-            torch.autograd.grad(functional.scaled_dot_product_attention(*leaves, is_causal=True), leaves, gradient)
+        def flash() -> None:
+            query, key, value = (leaf.transpose(1, 2) for leaf in leaves)
+            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            torch.autograd.grad(output, leaves, gradient.transpose(1, 2))
+
+        def efficient() -> None:  # causal (1), and each block whole, as turns.py counts them: torch would split some
+            output, sums, seed, offset, *_ = aten._efficient_attention_forward(
+                *leaves, None, None, None, None, None, 0.0, 1, True
+            )
+            aten._efficient_attention_backward(
+                gradient, *leaves, None, output, None, None, length, length, sums, 0.0, seed, offset, 1, False,
+                num_splits_key=1,
+            )  # fmt: skip
 
         with (
             torch.inference_mode(False),
-            torch.enable_grad(),
+            torch.set_grad_enabled(kernel == "flash"),
             torch.autograd.set_multithreading_enabled(False),
-            backends.sdpa_kernel(getattr(backends.SDPBackend, KERNELS[kernel][0])),
+            backends.sdpa_kernel(backends.SDPBackend.FLASH_ATTENTION),
         ):
-            gradient, *leaves = (torch.randn(1, heads, length, size, device=device, dtype=what) for _ in range(4))
+            gradient, *leaves = (torch.randn(1, length, heads, size, device=device, dtype=what) for _ in range(4))
             for leaf in leaves:
-                leaf.requires_grad_()
-            taken_s = seconds_per_call(both_passes, device, seconds / 4)
+                leaf.requires_grad_(kernel == "flash")
+            taken_s = seconds_per_call(flash if kernel == "flash" else efficient, device, seconds / 4)
         return 3.5 * 2 * length**2 * heads * size / taken_s / 1e12
 
     def tried(trial: Callable[[], float]) -> float | None:

@@ -142,6 +142,11 @@ def test_attention_is_measured_by_the_kernel_that_runs(cpu_as_gpu):
     assert rates.efficient_tflops is None
 
 
+def test_the_memory_efficient_kernel_is_called_as_it_wants_to_be(cpu_as_gpu):
+    """By torch's own account of its shapes, which needs no GPU."""
+    assert measure_rates("fp16", "meta", free_gib=1.0, seconds=0.01).efficient_tflops > 0
+
+
 def test_a_rate_that_cannot_be_measured_is_none(cpu_as_gpu, monkeypatch):
     def no_room(*args, **options):
         raise RuntimeError("CUDA error: out of memory")
