@@ -4,9 +4,10 @@ A rough figure on a card of the table, good enough to rank layouts of one recipe
 measures it. A micro-batch takes little more than the longer of two: what the GPU needs (matrix products at the card's
 sustained rate, then everything else at its bandwidth), and what Python needs to launch it all. READS_PER_WRITE and
 LAUNCHES_PER_OPERATION are fitted to ten steps of transformers' layers timed alone on one H200, of 1B, 3B and 8B
-(benchmarks/results/memory.md); the constants of fused layers, HIDING and LAUNCHES_PER_UPDATE to 274 of fused ones there,
-in ten rows, seven of them without FlashAttention (benchmarks/results/speed.md; torch 2.11, transformers 5.23, peft
-0.21.2). With the card's speeds measured, the steps that plans take there are met to 3 % on average, 7 at worst.
+(benchmarks/results/memory.md); the constants of fused layers, HIDING and LAUNCHES_PER_UPDATE to 274 layouts of fused
+ones there, in nine rows, seven of them without FlashAttention (benchmarks/results/speed.md; torch 2.11, transformers
+5.23, peft 0.21.2). With the card's speeds measured, the steps that plans take there are met to 3 % on average, 7 at
+worst.
 """
 
 from __future__ import annotations
