@@ -91,7 +91,7 @@ class Ratios(NamedTuple):
 
 
 def t4_ratios(rates: dict, *, published_gbs: float, t4_tflops: float, t4_gbs: float, t4_link_gbs: float) -> Ratios:
-    """From the measured rates of the GPU that ran (`tflops`, `host_link_gbs`; llamanb.trials.Rates) and a T4's.
+    """From the measured rates of the GPU that ran (`tflops`, `host_link_gbs`; llamanb.rates.Rates) and a T4's.
 
     Bandwidths are compared as published, since both cards reach a similar part of theirs.
     """

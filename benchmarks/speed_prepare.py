@@ -23,7 +23,7 @@ def machine() -> dict:
     import torch
 
     from llamanb.card import Card
-    from llamanb.trials import measure_rates
+    from llamanb.rates import measure_rates
 
     if not torch.cuda.is_available():
         return {"gpu": "CPU", "driver": "", "torch": torch.__version__, "rates": None, "published_gbs": None}

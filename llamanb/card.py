@@ -50,9 +50,6 @@ NUMBERS = {
 """Units of a card's numbers, and what those are called that have a row of their own in its table."""
 SPEEDS = ("tflops", "bandwidth_gbs", "host_link_gbs", "launch_us", "flash_tflops", "efficient_tflops")
 
-PRETENDED = "pretend "
-"""How the name of a card begins for which another GPU computes (llamanb.pretend)."""
-
 
 @dataclass(frozen=True)
 class Card:
@@ -97,6 +94,9 @@ class Card:
     """TFLOP/s of attention, forward and backward, by FlashAttention and by the memory-efficient kernel, in the card's
     own 16-bit dtype and with all of its multiprocessors at work."""
     multiprocessors: int | None = None
+    computes_as: tuple[int, int] | None = None
+    """Compute capability of the GPU that computes in a pretended card's place, at its speeds and with its
+    multiprocessors; None for any other card."""
     pages: bool = True
     """Whether what paged optimizers keep can leave it for the host's memory. Not on WSL2, which lacks managed memory
     (NVIDIA's CUDA on WSL guide, Known Limitations)."""
@@ -113,12 +113,12 @@ class Card:
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
             least = "above 0" if field in SPEEDS else "0 or more"
             self._require(number and (value or field not in SPEEDS), f"{field}={value!r}", f"It is in {unit}, {least}.")
-        if self.capability is not None:
-            pair = tuple(self.capability) if isinstance(self.capability, list | tuple) else ()
-            fits = len(pair) == 2 and all(type(part) is int and part >= 0 for part in pair)
-            why = "It is a pair of whole numbers, or None for a CPU."
-            self._require(fits, f"capability={self.capability!r}", why)
-            object.__setattr__(self, "capability", pair)
+        for field in ("capability", "computes_as"):
+            if (value := getattr(self, field)) is not None:
+                pair = tuple(value) if isinstance(value, list | tuple) else ()
+                fits = len(pair) == 2 and all(type(part) is int and part >= 0 for part in pair)
+                self._require(fits, f"{field}={value!r}", "It is a pair of whole numbers, or None for a CPU.")
+                object.__setattr__(self, field, pair)
         context, all_there_is = self.context_gib or 0, f"vram_gib={self.vram_gib} is all there is"
         self._require(
             not context or context < self.vram_gib,
@@ -243,11 +243,6 @@ class Card:
     @property
     def is_gpu(self) -> bool:
         return self.capability is not None
-
-    @property
-    def is_pretended(self) -> bool:
-        """Whether a GPU that has more computes in its place."""
-        return self.name.startswith(PRETENDED)
 
     def table(self) -> Table:
         """Its facts, one a row."""

@@ -22,8 +22,9 @@ from llamanb.errors import GpuError, LlamanbError
 from llamanb.html import Table, join, paragraph, visible
 from llamanb.nvml import NvmlMemory, ask, gpu_processes, nvml_handle, nvml_handles, nvml_memory, start_nvml
 from llamanb.precision import Precision, choose_precision, dotted
+from llamanb.rates import seconds_per_call
 from llamanb.setup.loaded import version
-from llamanb.trials import DTYPES, Attention, plain, seconds_per_call, working_attention
+from llamanb.trials import DTYPES, Attention, in_words, working_attention
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def try_precisions(device: str = "cuda", *, size: int | None = None) -> dict[str
             matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
             found[name] = 2 * size**3 / seconds_per_call(partial(torch.mm, matrix, matrix), device) / 1e12
         except Exception as error:  # the refusal is the answer, whatever its type
-            found[name] = plain(error)
+            found[name] = in_words(error)
         matrix = None
     torch.cuda.empty_cache()  # what the matrices took is for whoever comes next
     return found

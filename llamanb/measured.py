@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamanb import cards, disk, trials
+from llamanb import cards, disk, rates
 from llamanb.card import GIB, SPEEDS, Card, gpu_in_use
 from llamanb.nvml import ask, gpu_processes, gpu_uuid, nvml_handle, nvml_handles, nvml_memory, only_gpu, start_nvml
 from llamanb.setup.loaded import version
@@ -47,14 +47,14 @@ def measure(
     if not card.is_gpu:
         return card
     index, _ = gpu_in_use(torch)
-    rates = (try_rates or trials.measure_rates)(card.dtype, f"cuda:{index}", free_gib=card.free_gib)
+    found = (try_rates or rates.measure_rates)(card.dtype, f"cuda:{index}", free_gib=card.free_gib)
     properties = torch.cuda.get_device_properties(index)
     handle = nvml_handle(started, properties)
     context = _context_gib(started, handle, torch.cuda.memory_reserved(index), before)
     card = replace(
         card,
         context_gib=context if context and context < card.vram_gib else None,
-        **dataclasses.asdict(rates),
+        **dataclasses.asdict(found),
         source=f"measured {datetime.date.today()} with torch {torch.__version__}",
     )
     if save:
@@ -145,10 +145,11 @@ def _key(properties: Any) -> str:
     return f"GPU-{uuid.removeprefix('GPU-')}" if uuid else str(properties.name)
 
 
-def _versions(nvml: Any) -> dict[str, str]:
-    """What a measurement holds for: another torch may run other kernels, another driver takes other memory."""
+def _versions(nvml: Any) -> dict[str, str | list[str]]:
+    """What a measurement holds for: another torch may run other kernels, another driver takes other memory, and an
+    older one of these lacks some of the speeds."""
     driver = ask(getattr(nvml, "nvmlSystemGetDriverVersion", None))
-    return {"torch": version("torch").installed or "", "driver": str(driver or "")}
+    return {"torch": version("torch").installed or "", "driver": str(driver or ""), "speeds": [*SPEEDS]}
 
 
 def keep(card: Card, key: str, nvml: Any = None) -> None:

@@ -86,6 +86,8 @@ class Outline:
     """Bytes by bucket at the peak of each instant."""
     written: int
     """Bytes that a micro-batch allocates in all: each is written once at least."""
+    dequantized: int
+    """Of these, weights of 4 bits that fused layers write in the step's dtype."""
     operations: int
     """Allocations of a micro-batch: as many operations, roughly, are launched."""
 
@@ -121,7 +123,7 @@ def _deep(work: Workload) -> Outline:
     few = {kind: min(count, 2) for kind, count in counts.items()}
     base = _outline(_cut(work, _layers(few)))
     peaks = {instant: dict(buckets) for instant, buckets in base.peaks.items()}
-    written, operations = base.written, base.operations
+    totals = {name: getattr(base, name) for name in ("written", "dequantized", "operations")}
     for kind, count in counts.items():
         more = count - few[kind]
         if more:
@@ -129,9 +131,8 @@ def _deep(work: Workload) -> Outline:
             for instant, buckets in peaks.items():
                 for bucket in buckets:
                     buckets[bucket] += more * (one.peaks[instant][bucket] - base.peaks[instant][bucket])
-            written += more * (one.written - base.written)
-            operations += more * (one.operations - base.operations)
-    return Outline(peaks, written, operations)
+            totals = {name: total + more * (getattr(one, name) - getattr(base, name)) for name, total in totals.items()}
+    return Outline(peaks, **totals)
 
 
 def _streamed(work: Workload) -> Outline:
@@ -167,7 +168,7 @@ def _outline(work: Workload) -> Outline:
     tape = record_steady(work)
     begin = next(at for at, name in tape.marks if name == FORWARD)
     new = [tape.sizes[event - 1] for event in tape.events[begin:] if event > 0]
-    return Outline(tape_peaks(tape), sum(new), len(new))
+    return Outline(tape_peaks(tape), sum(new), tape.dequantized, len(new))
 
 
 def tape_peaks(tape: Tape) -> dict[str, dict[str, int]]:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from llamanb import cards
-from llamanb.card import GIB, KERNELS_LATER_GIB, PRETENDED, SPEEDS, Card, answering, gpu_in_use
+from llamanb.card import GIB, KERNELS_LATER_GIB, SPEEDS, Card, answering, gpu_in_use
 from llamanb.card import blas_workspace_mib as workspace_mib
 from llamanb.errors import GpuError
 from llamanb.measured import figures
@@ -77,9 +77,10 @@ def pretend(name: str, *, ballast: bool = False, torch: Any = None, driver: Any 
     known = figures(there, total / GIB)
     return replace(
         card,
-        name=f"{PRETENDED}{card.name}",
+        name=f"pretend {card.name}",
         blas_workspace_mib=workspace_mib(torch, capability),
         multiprocessors=there.multi_processor_count,
+        computes_as=capability,
         source=f"memory and kernels of a {card.name}; speed of the {there.name} it runs on"
         + (f" ({known.source})" if known else ", not known"),
         **{field: getattr(known, field, None) for field in SPEEDS},

@@ -92,7 +92,7 @@ def _require_gpu(card: Card) -> None:
         )
     there = torch.cuda.get_device_properties(torch.cuda.current_device())
     same = (there.major, there.minor) == card.capability and abs(there.total_memory / GIB / card.vram_gib - 1) < 0.05
-    if not same and not card.is_pretended:
+    if not same and card.computes_as is None:
         raise GpuError(
             f"a plan for {card.name} cannot be rehearsed here",
             f"the GPU is {there.name}",

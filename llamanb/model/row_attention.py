@@ -103,4 +103,4 @@ def splits(query: Tensor, longest: int) -> int:
     if torch.are_deterministic_algorithms_enabled() or not turns.may_split(there.major, size):
         return 1
     rows = round(query.shape[0] * query.shape[1] / longest)  # at least one
-    return turns.parts(rows * query.shape[2], turns.places(there.multi_processor_count, size), longest)
+    return turns.best_parts(rows * query.shape[2], turns.blocks_at_once(there.multi_processor_count, size), longest)

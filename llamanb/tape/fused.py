@@ -47,8 +47,11 @@ class FusedLayers(LinearLayers):
 
     def _weight(self, name: str) -> int | None:
         """A base weight, dequantized; one that is not quantized is used where it lies."""
+        if not self.work.quantization:
+            return None
         inputs, outputs = self.sides[name]
-        return self.new(self.e * inputs * outputs) if self.work.quantization else None
+        self.tape.dequantized += (size := self.e * inputs * outputs)
+        return self.new(size)
 
     def products_backward(
         self, layer: int, names: tuple[str, ...], value: bool, low: int | None, wanted: bool = True

@@ -128,6 +128,8 @@ class Tape:
         self.buckets: list[str] = []
         self.marks: list[tuple[int, str]] = []
         """(events before it, what begins there)."""
+        self.dequantized = 0
+        """Bytes of all weights that fused layers have dequantized, each as often as it was."""
 
     def new(self, size: int, bucket: str = TEMPORARIES) -> int:
         self.sizes.append(size)

@@ -155,3 +155,15 @@ def test_reordered_gpus_are_matched():
     environ = os.environ | {"CUDA_VISIBLE_DEVICES": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=120)
     assert done.stdout.split() == ["True", "1"], done.stderr
+
+
+def test_every_speed_of_the_card_is_measured():
+    from llamanb.card import SPEEDS, Card
+
+    card = Card.measure(save=False)
+    print(f"\n{card}")
+    speeds = {speed: getattr(card, speed) for speed in SPEEDS}
+    if "flash" not in card.attention:
+        assert speeds.pop("flash_tflops") is None
+    assert None not in speeds.values(), speeds
+    assert speeds["efficient_tflops"] < speeds["tflops"]

@@ -95,7 +95,7 @@ LAYERS = [  # a module may import those of its own line and of the lines above i
     {"nvml"},
     {"hub"},
     {"architecture"},
-    {"card", "cards", "measured", "pretend", "precision", "trials", "machine", "disk"},
+    {"card", "cards", "measured", "pretend", "precision", "rates", "trials", "machine", "disk"},
     {"turns"},
     {"tape"},
     {"allocator"},

@@ -381,4 +381,4 @@ def test_a_pretended_card_is_rehearsed_on_whatever_is_there(gpu, monkeypatch):
     gpu("NVIDIA H200", (9, 0), 139.0)
     made, work = planned(ONE, checkpointing="all")
     monkeypatch.setattr(rehearsal, "_try", lambda plan, shape, layers, seconds: trial(work, layers))
-    assert rehearse(made.replace(card=replace(made.card, name="pretend T4"))).memory == predict(work)
+    assert rehearse(made.replace(card=replace(made.card, computes_as=(9, 0)))).memory == predict(work)

@@ -143,7 +143,7 @@ def test_the_fewest_tokens_that_hide_copies_are_where_stalls_end(link):
     free = tokens_that_hide(work(32, streamed=32, length=TOKENS, rows=16), card)
     stalls = {
         rows: step_time(work(32, streamed=32, length=TOKENS, rows=rows), card, 1).stall_s
-        for rows in (int(0.92 * free / TOKENS), round(1.06 * free / TOKENS) + 1)
+        for rows in (int(0.94 * free / TOKENS), round(1.06 * free / TOKENS) + 1)
     }
     assert free % TOKENS == 0
     assert [stall > 0 for stall in stalls.values()] == [True, False]
