@@ -55,6 +55,7 @@ def merged(run):
     return merge(run[0])
 
 
+@pytest.mark.slow
 def test_from_training_to_gguf_the_answers_stay(run, merged, capsys):
     """Adapter on its base, merged, and both kinds of GGUF: equal greedy tokens, that stop by themselves."""
     run, data = run
@@ -214,6 +215,7 @@ def split_by(tokenizer, regex):
     return made
 
 
+@pytest.mark.slow
 def test_the_tiny_s_text_splits_alike_in_llama_cpp(merged):
     tokenizer = load_tokenizer(merged)
     assert fields(to_gguf(merged))["tokenizer.ggml.pre"] == "bloom"

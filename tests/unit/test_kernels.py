@@ -31,6 +31,7 @@ TOKENS, HIDDEN, WIDE, HEADS, HEAD_SIZE, VOCABULARY = 512, 3072, 8192, 24, 128, 1
 """Llama 3.2 3B's: widths and heads that are no power of two."""
 
 
+@pytest.mark.slow
 def test_every_kernel_is_the_same_in_the_interpreter_as_in_plain_pytorch():
     """In a process of its own, which asks for the interpreter before Triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]

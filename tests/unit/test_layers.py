@@ -1,6 +1,7 @@
 """The arrows of the design: who may import whom, and that `import llamanb` stays light."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "llamanb"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
 def _imports(path: Path) -> set[str]:
     """Every module that a file imports anywhere in it, with `from llamanb import hub` as `llamanb.hub`."""
     return _imported(ast.parse(path.read_text()))

@@ -18,7 +18,7 @@ def measured_versions(monkeypatch):
 
 @pytest.fixture
 def made():
-    return plan(Recipe(model=EIGHT, steps=100), "RTX 3060")
+    return plan(Recipe(model=EIGHT, steps=100, max_length=2048), "RTX 3060")
 
 
 def test_a_plan_fits_where_it_needs_no_more_than_there_is_to_plan_with(made):

@@ -91,6 +91,7 @@ def test_the_factors_are_the_best_for_what_the_factored_layers_give(factor, mini
     assert torch.allclose(logits(model), logits(made), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_factors_and_products_load_in_a_fresh_process_and_agree(factor, tmp_path):
     """Also after an adapter was taken in: product and adapter in peft's hands, and factors of rank k + r."""
     folder = factor(model="tiny", budget=0.6, data=rows(vocabulary=1000))

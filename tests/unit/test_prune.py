@@ -146,6 +146,7 @@ def cut_by_hand(model, facts: dict):
     return model
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_what_was_written_as_a_plain_llama(prune, tmp_path):
     """The tiny Llama, every structured method and an unstructured one, against the dense model cut by hand."""
     cuts = {"layers": 0.25, "channels": 0.4, "heads": 0.5}

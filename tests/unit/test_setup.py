@@ -163,6 +163,7 @@ def test_a_module_that_does_not_tell_its_version(site, monkeypatch):
     assert version("jinja-x", "another_name") == ("jinja-x", "not yet", "1.0", False)
 
 
+@pytest.mark.slow
 def test_real_packages_say_the_version_they_are_installed_as():
     """Else the check would ask for a restart forever. Every package it watches is imported in a fresh process."""
     code = """

@@ -88,6 +88,7 @@ def test_the_table_says_what_saves_nothing(found):
     assert "<table" in found._repr_html_()
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_what_is_written(found, chats, tmp_path):
     """Also of a recovered one: the folder alone, loaded again, has the loss that the table says."""
     data = load_data(chats)

@@ -54,6 +54,7 @@ def readers() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("llamanb-disk")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("on_disk", "streamed"), [(ALL, ALL), ((0, 2), ALL), ((3,), (1, 3))])
 def test_losses_scores_and_adapter_are_those_of_resident_weights(
     resident, on_disk, streamed, cache, tmp_path, monkeypatch

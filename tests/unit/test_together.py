@@ -252,6 +252,7 @@ def test_accelerate_that_starts_one_process_of_two_is_told_so(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_by_itself_it_trains_too(tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(recipe(steps=2).to_json())

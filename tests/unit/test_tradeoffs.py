@@ -371,6 +371,7 @@ def test_what_a_recipe_cannot_say_reaches_the_plan_and_torch(name, tmp_path, mon
         }
 
 
+@pytest.mark.slow
 def test_the_command_line_measures_in_fresh_processes_and_keeps_tables_and_picture(tmp_path):
     asked = {"max_length": 64, "effective_batch_size": 2, "steps": 2, "learning_rate": 5e-3}
     command = [sys.executable, "-m", "llamanb.tradeoffs", json.dumps(asked), str(tmp_path), "nf4,fp16"]
