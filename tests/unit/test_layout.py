@@ -41,7 +41,7 @@ def test_the_table_has_every_choice_with_its_reason(made):
         "time",
         "predicted from",
     ]
-    assert cells["optimizer step"][0] == f"{made.accumulation} × {made.micro_batch_size} rows of up to 1024 tokens"
+    assert cells["optimizer step"][0] == f"{made.accumulation} × {made.micro_batch_size} rows of up to 2048 tokens"
     assert 0 < made.recomputed < 32
     assert f"{made.recomputed} layers kept but for the MLP's, which are recomputed" in cells["activations"][0]
     assert f"{32 - made.recomputed} layers kept for the backward pass" in cells["activations"][0]
@@ -93,7 +93,7 @@ def test_time_is_counted_for_the_run_or_for_a_thousand_rows(made):
     def words(**changes):
         return made.replace(**changes)._run_time()
 
-    assert words(steps=None).endswith("for 1,000 rows of 1024")
+    assert words(steps=None).endswith("for 1,000 rows of 2048")
     assert "ends it at" not in words()
     short = replace(made.recipe, stop_after_min=1.0)
     share = 60 / (100 * made.step_s)
