@@ -95,9 +95,9 @@ def test_time_is_counted_for_the_run_or_for_a_thousand_rows(made):
 
     assert words(steps=None).endswith("for 1,000 rows of 2048")
     assert "ends it at" not in words()
-    short = replace(made.recipe, stop_after_min=1.0)
-    share = 60 / (100 * made.step_s)
-    assert words(recipe=short).endswith(f"stop_after_min = 1 ends it at about {share:.0%}")
+    short = replace(made.recipe, stop_after_min=2.0)
+    share = 120 / (100 * made.step_s)
+    assert words(recipe=short).endswith(f"stop_after_min = 2 ends it at about {share:.0%}")
     assert "ends it at" not in words(recipe=short, steps=1)
 
 
