@@ -50,7 +50,7 @@ lab: install-dev ## JupyterLab on the notebooks
 	@$(PY) -m jupyter lab --notebook-dir . $(ARGS)
 
 .PHONY: test
-test: install-dev ## unit tests and the notebooks, but for 05 and 06; those first, which take long
+test: install-dev ## the notebooks, but for 05 and 06, and the unit tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(or $(wildcard tests/notebooks tests/unit),$(error no tests here: is this a full clone?)) \
 	    -m "not gpu and not slow" -n $(WORKERS) --dist loadgroup $(ARGS)
 
