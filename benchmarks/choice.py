@@ -12,8 +12,9 @@ else (`Card.measure`), and once more after `rehearse`, where OUT holds it; both 
 process, on the same model and trainer (choice_bench.py).
 
 A layout is looked at shortly; then the FINALISTS fastest, the fastest in as much memory as a plan may use, and the
-choices are timed again in three passes, in one order, in the other, and once more. Their median counts, since a host
-that is busy elsewhere for a moment lengthens one of them; what separates the nearest two is the noise.
+choices are timed again in passes, in one order and in the other: PASSES at least, and for PASSES_S, so that short steps
+get more. The fastest pass of each counts, since a host that is busy elsewhere for a while only ever makes one longer;
+what separates a layout's two fastest is the noise.
 
 Not everything has to run. What keeps more than a layout that ran out of memory is not tried, nor what recomputes more
 than one of its family that is SLOWER than the best already; the lines of OUT say so of each.
@@ -54,6 +55,7 @@ FAMILIES = ((HALVED, STORED), (CHECKPOINTED, STORED), (CHECKPOINTED, HALVED), (O
 """What becomes of the first layers, and of the others; each family from none of the former to all."""
 FOURS = 4
 FINALISTS, SLOWER = 5, 1.05
+PASSES, PASSES_S = 3, 15.0
 LEAST_S = 90.0
 """With less time left no row begins."""
 MORE_KEPT = "not tried: one that keeps less ran out of memory"
@@ -204,8 +206,11 @@ def timed(row: Row, bench: Bench, choices: dict[str, Plan]) -> list[dict]:
     runs = sorted((one for one in found if found[one]["status"] == TIMED), key=lambda one: found[one]["step_s"])
     allowed = [one for one in runs if not limit_gib or found[one]["reserved_gib"] <= limit_gib]
     final = [one for one in runs if one in (*runs[:FINALISTS], *allowed[:1], *chosen.values())]
-    for order in (final, final[::-1], final):
-        for layout in order:
+    final_from = time.monotonic()
+    for number in itertools.count():
+        if number >= PASSES and time.monotonic() - final_from >= PASSES_S:
+            break
+        for layout in final[:: (1, -1)[number % 2]]:
             again = bench.attempt(laid_out(plan, layout), bench.final)
             found[layout].setdefault("final_s", []).append(again.get("step_s"))
     result = []

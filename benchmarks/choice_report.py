@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from itertools import pairwise
 
 from benchmarks.choice_bench import RAN_OUT, TIMED
 from benchmarks.speed_rows import EFFECTIVE
@@ -25,8 +24,8 @@ def verdict(found: list[dict]) -> dict:
     """What a row's lines come to: the fastest of the layouts enumerated, the noise, and each choice against them."""
     *layouts, row = found
     finals = [line for line in layouts if line.get("final_s") and None not in line["final_s"]]
-    step_s = {label(line): statistics.median(line["final_s"]) for line in finals}
-    apart = [min(b - a for a, b in pairwise(sorted(line["final_s"]))) / step_s[label(line)] for line in finals]
+    step_s = {label(line): min(line["final_s"]) for line in finals}
+    apart = [sorted(line["final_s"])[1] / min(line["final_s"]) - 1 for line in finals]
     enumerated = sorted((line for line in finals if line["enumerated"]), key=lambda line: step_s[label(line)])
     limit_gib = row["limit_gib"] or math.inf
     allowed = [line for line in enumerated if (line["reserved_gib"] or 0) <= limit_gib]
