@@ -7,7 +7,7 @@ LAUNCHES_PER_OPERATION are fitted to ten steps of transformers' layers timed alo
 (benchmarks/results/memory.md); the constants of fused layers, HIDING and LAUNCHES_PER_UPDATE to 274 layouts of fused
 ones there, in nine rows, seven of them without FlashAttention (benchmarks/results/speed.md; torch 2.11, transformers
 5.23, peft 0.21.2). Where launches are measured while the host is quiet, the steps that plans take there are met to 3 %
-on average, 8 at worst; attention of rows of 512 tokens takes a third longer than is said here.
+on average, 9 at worst; attention of rows of 512 tokens takes a third longer than is said here.
 """
 
 from __future__ import annotations
