@@ -52,7 +52,7 @@ lab: install-dev ## JupyterLab on the notebooks
 .PHONY: test
 test: install-dev ## the notebooks, but for 05 and 06, and the unit tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(or $(wildcard tests/notebooks tests/unit),$(error no tests here: is this a full clone?)) \
-	    -m "not gpu and not slow" -n $(WORKERS) --dist loadgroup $(ARGS)
+	    -m "not gpu and not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-browser
 test-browser: install-dev ## the widgets in JupyterLab, in a headless Chromium

@@ -1,14 +1,15 @@
 """`python -m llamanb` with something going wrong on rank 1: python -m tests.rank_process RECIPE ... (torchrun's command
-with another module). FAULT in the environment says what."""
+with another module). FAULTS in the environment says what, and in which optimizer step each: {"broken": 5}."""
 
+import json
+import math
 import os
 import signal
 import sys
 
-FAULT, RANK, COUNT = os.environ.get("FAULT", ""), os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+FAULTS = json.loads(os.environ.get("FAULTS", "{}"))
+RANK, COUNT = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
 SHARDED = "SHARDED" in os.environ
-STEP = 5
-"""The optimizer step in which it goes wrong."""
 
 
 def break_it() -> None:
@@ -19,35 +20,36 @@ def break_it() -> None:
     from llamanb.training.step import StepTrainer
 
     summed, computed, visit = StepTrainer._summed, StepTrainer.compute_loss, StreamedLayers.visit
-    now, seen = [False], []
+    step, seen = [0], []
 
-    def first_time() -> bool:
-        if not now[0] or seen:
+    def first_time(fault: str) -> bool:
+        if FAULTS.get(fault) != step[0] or fault in seen:
             return False
-        seen.append(FAULT)
+        seen.append(fault)
         return True
 
     def sum_up(self, *arguments):
-        now[0] = self.state.global_step + 1 == STEP
+        step[0] = self.state.global_step + 1
         total = summed(self, *arguments)
-        if FAULT == "not a number" and first_time():
+        if first_time("not a number"):
             return total * float("nan")
-        if FAULT == "not a number for long" and self.state.global_step + 1 >= STEP and len(seen) < IN_A_ROW:
-            seen.append(FAULT)
+        fault = "not a number for long"
+        if step[0] >= FAULTS.get(fault, math.inf) and seen.count(fault) < IN_A_ROW:
+            seen.append(fault)
             return total * float("nan")
         return total
 
     def compute(self, *arguments, **more):
-        if FAULT == "killed" and first_time():
+        if first_time("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if FAULT == "broken" and first_time():
+        if first_time("broken"):
             raise ValueError("this rank is broken")
-        if FAULT == "out of memory" and first_time():
+        if first_time("out of memory"):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return computed(self, *arguments, **more)
 
     def come_down(self, number):
-        if FAULT == "out of memory in the backward pass" and (number, self._at) == (1, 2) and first_time():
+        if (number, self._at) == (1, 2) and first_time("out of memory in the backward pass"):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return visit(self, number)
 
@@ -83,6 +85,6 @@ if __name__ == "__main__":
 
     if SHARDED:
         share_layers()
-    if RANK == "1" and FAULT:
+    if RANK == "1" and FAULTS:
         once_launched(break_it)
     sys.exit(main())

@@ -35,7 +35,6 @@ FLAGS = [
     "--disable-sync",
 ]
 WIDTH, HEIGHT = 1280, 1000
-THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 SETTINGS = {
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight stay in the page too
@@ -93,6 +92,7 @@ def server(chromium, tmp_path_factory) -> Iterator[Server]:
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
     command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}"]
     command += [f"--ServerApp.root_dir={folder}", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
+    command += ["--LabApp.expose_app_in_browser=True"]  # to change the theme of a page
     places = {"CONFIG_DIR": "config", "DATA_DIR": "data", "RUNTIME_DIR": "runtime"}
     environment = {**os.environ, **{f"JUPYTER_{name}": str(base / place) for name, place in places.items()}}
     environment |= {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(base / "workspaces")}
@@ -147,11 +147,10 @@ def browser(chromium):
 
 @pytest.fixture
 def open_lab(server, browser):
-    """`open_lab(name, theme, **parameters)`: a copy of a notebook with these parameters, in a fresh page."""
+    """`open_lab(name, **parameters)`: a copy of a notebook with these parameters, in a fresh page."""
     pages = []
 
-    def open_notebook(name: str, theme: str = "light", **parameters) -> Lab:
-        write_setting(server.settings, "@jupyterlab/apputils-extension/themes", {"theme": THEMES[theme]})
+    def open_notebook(name: str, **parameters) -> Lab:
         notebook = server.folder / f"{name}-{uuid.uuid4().hex[:8]}.ipynb"
         write_copy(ROOT / "notebooks" / f"{name}.ipynb", notebook, parameters)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})

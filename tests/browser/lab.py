@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from playwright.sync_api import Locator, Page, expect
@@ -10,6 +11,9 @@ START_MS = 60_000
 """For a page, a kernel or a quick cell."""
 RUN_MS = 400_000
 """For a notebook to run to its end, on a machine that has other things to do."""
+THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
+CHANGE_THEME = "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})"
+HAS_THEME = "light => document.body.dataset.jpThemeLight === light"
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim())"
 STARTED = f"{PROMPTS}.some(prompt => prompt !== '[ ]:')"
 ENDED = f"!{PROMPTS}.includes('[*]:')"  # an error leaves the cells below it at [ ]
@@ -73,17 +77,25 @@ class Lab:
     def wait_for_pictures(self, count: int) -> None:
         self.page.wait_for_function("count => window.pictures.size >= count", arg=count, timeout=RUN_MS)
 
+    def themes(self) -> Iterator[str]:
+        """Names of the themes; while one's turn lasts, the page has it."""
+        for name, title in THEMES.items():
+            self.page.evaluate(CHANGE_THEME, title)
+            self.page.wait_for_function(HAS_THEME, arg=str(name == "light").lower())
+            yield name
+
     def noise(self) -> list[str]:
         """What stands in outputs on red: errors, and lines on stderr."""
         return self.page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts()
 
     def cut_off(self) -> list[str]:
-        """Outputs, labels and readouts whose text is wider than they are."""
-        return self.page.evaluate(CUT_OFF)
+        """Outputs, labels and readouts whose text is wider than they are, in any theme."""
+        return [text for _ in self.themes() for text in self.page.evaluate(CUT_OFF)]
 
     def save_picture(self, name: str, cell_id: str) -> None:
-        """The window, with the cell's output in sight, as artifacts/browser/`name`.png."""
+        """The window, with the cell's output in sight, as artifacts/browser/`name`-light.png and -dark.png."""
         self.page.mouse.move(0, 0)
         self.output(cell_id).first.scroll_into_view_if_needed()
         self.cell(cell_id).evaluate("cell => cell.previousElementSibling.scrollIntoView({block: 'start'})")
-        self.page.screenshot(path=self._pictures / f"{name}.png")
+        for theme in self.themes():
+            self.page.screenshot(path=self._pictures / f"{name}-{theme}.png")

@@ -24,9 +24,8 @@ def say(lab, text: str) -> None:
     lab.page.keyboard.press("Space")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_person_goes_on_with_the_conversation(open_lab, theme):
-    lab = open_lab("07_after_training", theme)
+def test_a_person_goes_on_with_the_conversation(open_lab):
+    lab = open_lab("07_after_training")
     lab.run_all()
     lab.wait_for_the_end()
     assert lab.noise() == []
@@ -41,14 +40,14 @@ def test_a_person_goes_on_with_the_conversation(open_lab, theme):
     assert said.nth(before + 1).inner_text() == HOSTILE
     assert said.nth(before + 2).inner_text() == "without it", "as the cell above has left it"
     assert lab.page.evaluate("window.pwned") is None
-    lab.save_picture(f"07-form-{theme}", "form")
+    lab.save_picture("07-form", "form")
 
     say(lab, "a<|eot_id|>b")
     expect(lab.output("form").get_by_role("alert")).to_contain_text("control token <|eot_id|>")
     expect(turn(lab)).to_have_value("a<|eot_id|>b")
     for cell in ("compare", "side", "chat", "again", "push"):
-        lab.save_picture(f"07-{cell}-{theme}", cell)
-    lab.save_picture(f"07-refused-{theme}", "form")
+        lab.save_picture(f"07-{cell}", cell)
+    lab.save_picture("07-refused", "form")
     assert lab.cut_off() == []
 
     button(lab, "Clear").click()

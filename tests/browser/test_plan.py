@@ -52,14 +52,13 @@ def write(lab, label: str, text: str, leave: str = "Tab"):
     lab.page.keyboard.press(leave)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_run_all(open_lab, theme):
-    lab = open_lab("03_plan", theme)
+def test_run_all(open_lab):
+    lab = open_lab("03_plan")
     lab.run_all()
     lab.wait_for_the_end()
     expect(bar(lab)).to_have_attribute("aria-label", re.compile(r"^[\d.]+ of 13\.\d+ GiB: [\d.]+ GiB left$"))
     for cell in ("form", "plan", "bar", "others", "trainable", "too-much", "rehearse", "result"):
-        lab.save_picture(f"03-{cell}-{theme}", cell)
+        lab.save_picture(f"03-{cell}", cell)
     assert lab.noise() == []
     assert lab.cut_off() == []
     assert "cannot be rehearsed here" in lab.output("rehearse").first.inner_text()
@@ -67,7 +66,7 @@ def test_run_all(open_lab, theme):
     press(lab, "Train", "l")  # the letter that "lora" begins with
     expect(lab.output("form")).to_contain_text("GiB too much")
     expect(lab.output("form")).to_contain_text("what would fit")
-    lab.save_picture(f"03-does-not-fit-{theme}", "form")
+    lab.save_picture("03-does-not-fit", "form")
     assert lab.noise() == []
     assert lab.cut_off() == []
 
@@ -119,14 +118,13 @@ def test_every_widget_moved_by_keyboard_changes_the_bar(open_lab):
     assert lab.cut_off() == []
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_what_cannot_be_is_said_in_the_form_which_goes_on(open_lab, theme):
-    lab = open_lab("03_plan", theme)
+def test_what_cannot_be_is_said_in_the_form_which_goes_on(open_lab):
+    lab = open_lab("03_plan")
     for cell in ("setup", "parameters", "form"):
         lab.run_cell(cell)
     write(lab, "Micro-batch", "3")
     expect(lab.output("form").get_by_role("alert")).to_contain_text("does not divide effective_batch_size = 16")
-    lab.save_picture(f"03-refused-{theme}", "form")
+    lab.save_picture("03-refused", "form")
     write(lab, "Micro-batch", "0")
     write(lab, "Model", "nobody/knows<b>this")
     expect(lab.output("form").get_by_role("alert")).to_contain_text("'nobody/knows<b>this' does not exist")
@@ -137,10 +135,10 @@ def test_what_cannot_be_is_said_in_the_form_which_goes_on(open_lab, theme):
     press(lab, "Train", "l")
     expect(row(lab, "Train")).to_contain_text("not possible: this checkpoint is nf4 already")
     expect(lab.output("form").get_by_role("alert")).to_contain_text("is already quantized (nf4)")
-    lab.save_picture(f"03-quantized-{theme}", "form")
+    lab.save_picture("03-quantized", "form")
     press(lab, "Train", "q")
     expect(bar(lab)).to_be_visible()
     lab.page.set_viewport_size({"width": 720, "height": 1000})
-    lab.save_picture(f"03-narrow-{theme}", "form")
+    lab.save_picture("03-narrow", "form")
     assert lab.noise() == []
     assert lab.cut_off() == []

@@ -9,29 +9,25 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BEFORE_THE_FORM = ("setup", "parameters")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_run_all(open_lab, server, theme):
+def test_run_all(open_lab, server):
     runs = {path.name for path in server.folder.glob("runs/*")}
-    lab = open_lab("01_quickstart", theme)
-    light = lab.page.locator("body").get_attribute("data-jp-theme-light")
-    assert light == str(theme == "light").lower()
-
+    lab = open_lab("01_quickstart")
     lab.watch_pictures("train")
     lab.run_all()
     expect(lab.output("form").locator("input")).to_have_count(8)
     expect(lab.output("form").get_by_label("Train", exact=True)).to_have_value("qlora-nf4")
     expect(lab.output("form")).to_contain_text("no memory is predicted for a CPU")
-    lab.save_picture(f"form-{theme}", "form")
+    lab.save_picture("form", "form")
 
     lab.wait_for_pictures(3)
     assert "[*]" in lab.cell("train").locator(".jp-InputPrompt").inner_text(), "pictures come while training runs"
-    lab.save_picture(f"training-{theme}", "train")
+    lab.save_picture("training", "train")
 
     lab.wait_for_the_end()
     for name, cell in {"data": "data", "plan": "plan", "trained": "train", "result": "result", "loss": "loss"}.items():
-        lab.save_picture(f"{name}-{theme}", cell)
-    lab.save_picture(f"memory-{theme}", "memory")
-    lab.save_picture(f"files-{theme}", "files")
+        lab.save_picture(name, cell)
+    lab.save_picture("memory", "memory")
+    lab.save_picture("files", "files")
     assert lab.noise() == []
     assert lab.cut_off() == []
     result = lab.output("result").inner_text()

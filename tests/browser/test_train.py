@@ -22,14 +22,14 @@ def interrupt(lab) -> None:
 
 def test_an_interrupt_keeps_what_was_learned_and_run_all_picks_it_up(open_lab, server):
     runs = {path.name for path in server.folder.glob("runs/*")}
-    lab = open_lab("04_train", "dark", model="tiny", dataset="tiny", steps=STEPS)
+    lab = open_lab("04_train", model="tiny", dataset="tiny", steps=STEPS)
     lab.watch_pictures("train")
     lab.run_all()
     lab.wait_for_pictures(2)
-    lab.save_picture("04-training-dark", "train")
+    lab.save_picture("04-training", "train")
     interrupt(lab)
     for cell in ("train", "memory", "compare", "report", "result"):
-        lab.save_picture(f"04-{cell}-dark", cell)
+        lab.save_picture(f"04-{cell}", cell)
     assert lab.noise() == []
     assert lab.cut_off() == []
     expect(lab.output("result").last).to_contain_text("(interrupted)")
@@ -44,10 +44,10 @@ def test_an_interrupt_keeps_what_was_learned_and_run_all_picks_it_up(open_lab, s
     lab.run_all()
     expect(lab.output("train").filter(has_text=f"at step {made} of {STEPS}")).to_have_count(1)
     lab.page.wait_for_function(LATER, arg=[lab.cell("train").element_handle(), made + 20], timeout=120_000)
-    lab.save_picture("04-picked-up-dark", "train")
+    lab.save_picture("04-picked-up", "train")
     interrupt(lab)
-    lab.save_picture("04-picked-up-and-stopped-dark", "train")
-    lab.save_picture("04-picked-up-memory-dark", "memory")
+    lab.save_picture("04-picked-up-and-stopped", "train")
+    lab.save_picture("04-picked-up-memory", "memory")
     assert lab.noise() == []
     assert lab.cut_off() == []
     assert "before training" not in lab.output("train").first.inner_text(), "it is scored once"

@@ -14,7 +14,7 @@ import pytest
 from llamanb.setup.loaded import SETUP_CELL
 from tests.colab.image import DIFFERS, FREEZE, ROOT, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("colab")]
+pytestmark = pytest.mark.slow
 
 MOVED = {"datasets", "pyarrow"}
 ADDED = {"trl", "bitsandbytes", "papermill", "tenacity", "torchmetrics", "lightning-utilities", "gguf", "llamanb"}

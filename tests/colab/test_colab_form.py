@@ -7,7 +7,7 @@ import pytest
 
 from tests.colab.image import ROOT, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("colab")]
+pytestmark = pytest.mark.slow
 MOVES = {
     "model": "meta-llama/Llama-3.2-3B-Instruct",
     "dataset": "rows.jsonl",

@@ -6,7 +6,7 @@ import pytest
 
 from llamanb import launch, plan, train
 from llamanb.run import Run
-from tests.unit.test_together import LACK, STEPS, ranks_of, recipe, started
+from tests.unit.test_together import BACKWARD, LACK, STEPS, ranks_of, recipe, started
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -34,7 +34,7 @@ def test_two_gpus_come_to_what_one_comes_to(alone, tmp_path):
 
 
 def test_a_gpu_whose_rank_is_killed_ends_the_other_and_any_number_goes_on(alone, tmp_path):
-    process = started(tmp_path, "killed", eval_rows=6)
+    process = started(tmp_path, {"killed": 5}, eval_rows=6)
     said, _ = process.communicate(timeout=200)
     assert process.returncode != 0, said
     assert ranks_of(tmp_path) == []
@@ -49,12 +49,12 @@ def test_a_gpu_whose_rank_is_killed_ends_the_other_and_any_number_goes_on(alone,
         assert run.losses == pytest.approx(alone.losses, rel=APART)
 
 
-@pytest.mark.parametrize("fault", ["", f"{LACK} in the backward pass"])
-def test_two_gpus_share_the_layers(alone, tmp_path, fault):
-    process = started(tmp_path, fault, sharded=True, eval_rows=6, weights="streamed")
+@pytest.mark.parametrize("faults", [{}, {BACKWARD: 5}], ids=["whole", BACKWARD])
+def test_two_gpus_share_the_layers(alone, tmp_path, faults):
+    process = started(tmp_path, faults, sharded=True, eval_rows=6, weights="streamed")
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     run = Run.open(tmp_path / "run")
     assert (run.status, run.plan.shards, run.plan.card.is_gpu) == ("finished", 2, True)
-    assert (f"{LACK} at step 5" in said) == bool(fault)
+    assert (f"{LACK} at step 5" in said) == bool(faults)
     assert run.losses == pytest.approx(alone.losses, rel=APART)

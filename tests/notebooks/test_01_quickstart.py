@@ -39,7 +39,6 @@ def a_bare_machine(monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
-@pytest.mark.xdist_group("quickstart")
 @pytest.mark.timeout(600)
 def test_the_tiny_llama_learns_and_everything_is_shown_and_kept(run_notebook, tmp_path):
     notebook = run_notebook("01_quickstart")
@@ -104,7 +103,6 @@ def test_the_tiny_llama_learns_and_everything_is_shown_and_kept(run_notebook, tm
     assert cell(notebook, "setup").outputs == []
 
 
-@pytest.mark.xdist_group("quickstart")
 @pytest.mark.timeout(600)
 def test_other_parameters_reach_the_run(run_notebook, tmp_path):
     wanted = {"method": "lora", "rank": 4, "steps": 5, "effective_batch_size": 8, "seed": 3, "name": "mine"}
@@ -118,7 +116,6 @@ def test_other_parameters_reach_the_run(run_notebook, tmp_path):
     assert noise(notebook) == []
 
 
-@pytest.mark.xdist_group("quickstart")
 def test_own_rows_that_are_missing_stop_it_with_what_why_and_fix(run_notebook):
     with pytest.raises(papermill.PapermillExecutionError, match=r"my_rows\.jsonl") as caught:
         run_notebook("01_quickstart", dataset="my_rows.jsonl")

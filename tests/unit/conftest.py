@@ -1,6 +1,7 @@
 import pytest
 
 from tests.checkpoints import byte_tokenizer
+from tests.quick import quick  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Trainings that are cut off, and what is looked at of them; for tests of checkpoints."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,19 +41,32 @@ class Ends(TrainerCallback):
             raise SystemExit(f"after step {self.step}")
 
 
-def ending(monkeypatch):
-    """`ending(monkeypatch)(recipe, runs, step)`: a run that made checkpoints at each step and ended after that one."""
+def ending(monkeypatch, kept: Path):
+    """`ending(monkeypatch, kept)(recipe, runs, step)`: a run that made checkpoints at each step and ended after that
+    one. The first of each kind is trained, and kept in that folder; the others are copies."""
     build = trainer.build_trainer
 
-    def end(recipe, runs, step, name="run", **asked):
+    def train_until(recipe, runs, step, name, asked):
         def built(plan, model, data, folder, callbacks, *rest):
             return build(plan, model, data, folder, [*callbacks, Ends(step)], *rest)
 
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "build_trainer", built)
             with pytest.raises(SystemExit):
-                train(plan(recipe.replace(checkpoint_every_steps=1), CPU), name=name, runs=runs, **asked)
-        return runs / name
+                train(plan(recipe, CPU), name=name, runs=runs, **asked)
+
+    def end(recipe, runs, step, name="run", **asked):
+        recipe, folder = recipe.replace(checkpoint_every_steps=1), runs / name
+        if folder.exists() or asked:
+            train_until(recipe, runs, step, name, asked)
+            return folder
+        copy = kept / hashlib.sha256(f"{recipe} {step}".encode()).hexdigest()
+        if not copy.exists():
+            train_until(recipe, runs, step, name, asked)
+            shutil.copytree(folder, copy)
+        else:
+            shutil.copytree(copy, folder)
+        return folder
 
     return end
 

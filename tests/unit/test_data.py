@@ -156,6 +156,14 @@ print(len(data.train), "torch" in sys.modules)
     assert result.stdout.strip() == "4 False"
 
 
+@pytest.fixture(scope="module")
+def real_vocabulary(real_data, tmp_path_factory, trl_template):
+    from tests.checkpoints import make_checkpoint, real_tokenizer
+
+    tokenizer = real_tokenizer(real_data / "llama3_tokenizer.model", trl_template("llama3_2"))
+    return tokenizer, make_checkpoint("mini", tmp_path_factory.mktemp("real"), tokenizer)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -165,11 +173,8 @@ print(len(data.train), "torch" in sys.modules)
         "squad_v2_sample.json",
     ],
 )
-def test_real_rows_with_the_real_vocabulary(real_data, tmp_path, trl_template, name):
-    from tests.checkpoints import make_checkpoint, real_tokenizer
-
-    tokenizer = real_tokenizer(real_data / "llama3_tokenizer.model", trl_template("llama3_2"))
-    model = make_checkpoint("mini", tmp_path / "model", tokenizer)
+def test_real_rows_with_the_real_vocabulary(real_data, real_vocabulary, name):
+    tokenizer, model = real_vocabulary
     data = load_data(Recipe(model=str(model), dataset=str(real_data / name), max_length=4096))
     assert data.skipped == []
     for row, example in zip(data.held_out, data.held_out_examples, strict=True):

@@ -25,6 +25,7 @@ def timeline(samples=(), losses=(), **more) -> Timeline:
     return made
 
 
+pytestmark = pytest.mark.whole
 THREE = [(0.0, "load", 1.0, 0.4, 0.5), (1.0, "forward", 3.0, 1.8, 2.0), (2.0, "backward", 2.0, 1.0, 1.5)]
 WATCHED = timeline(THREE, [2.0, 1.0, 0.5], limit_gib=15.0, planned_gib=2.5)
 PLANNED, SEEN = {"load": 1.0, "loss": 2.0, "backward": 3.0}, {"load": 1.1, "loss": 1.9}

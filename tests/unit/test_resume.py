@@ -23,9 +23,14 @@ def recipe(mini, tmp_path_factory):
     return recipes(mini, tmp_path_factory.mktemp("rows"))
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("ended")
+
+
 @pytest.fixture
-def ended(monkeypatch):
-    return ending(monkeypatch)
+def ended(monkeypatch, kept):
+    return ending(monkeypatch, kept)
 
 
 VARIANTS = {

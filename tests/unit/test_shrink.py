@@ -1,6 +1,7 @@
 """The accounting of shrunken models: what is measured, said and written; and what holds of the tiny one's quality."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -13,6 +14,7 @@ from benchmarks import shrink as bench
 from llamanb import Card, Recipe, load_data, shrink, tiny
 from llamanb.errors import RecipeError
 from llamanb.evaluate import evaluate
+from llamanb.generate import LONGEST_ANSWER
 from llamanb.shrink import accounting
 from llamanb.shrink.accounting import GRID, METHODS, parse_grid
 from llamanb.shrink.summary import NOTES, Row, Shrunken, State
@@ -144,7 +146,8 @@ def test_the_picture_has_a_plot_a_method_and_the_recovered_curve(found):
     assert Shrunken(rows[:1], "T4").picture().words == "nothing was measured"
 
 
-def test_the_starter_gives_the_tiny_llama_what_it_can_answer(tmp_path):
+def test_the_starter_gives_the_tiny_llama_what_it_can_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("llamanb.evaluate.LONGEST_ANSWER", LONGEST_ANSWER)
     recipe = shrink.starter(tmp_path, model="tiny", steps=None)
     again = shrink.write_chats(tmp_path / "again.jsonl")
     assert again.read_bytes() == (tmp_path / "chats.jsonl").read_bytes()
@@ -169,6 +172,7 @@ def losses(tmp_path_factory):
         recipe = Recipe(model="tiny", dataset=str(rows), max_length=256, eval_rows=96)
         draws.append((recipe, load_data(recipe)))
 
+    @functools.cache
     def loss(method: str, share: float, base: Path = tiny.CHECKPOINT) -> float:
         found = []
         for recipe, data in draws:
@@ -186,12 +190,12 @@ def losses(tmp_path_factory):
 @pytest.mark.parametrize(
     ("method", "shares"),
     [
-        ("magnitude", (0.1, 0.5, 0.7, 0.9)),
-        ("wanda", (0.1, 0.5, 0.7, 0.9)),
+        ("magnitude", (0.1, 0.5, 0.9)),
+        ("wanda", (0.1, 0.5, 0.9)),
         ("channels", (0.25, 0.5, 0.9)),
         ("layers", (0.25, 0.5, 0.75)),
-        ("whitened SVD", (0.9, 0.7, 0.5, 0.2)),
-        ("SVD", (0.9, 0.7, 0.5, 0.2)),
+        ("whitened SVD", (0.9, 0.5, 0.2)),
+        ("SVD", (0.9, 0.5, 0.2)),
     ],
 )
 def test_the_more_goes_the_worse(losses, method, shares):

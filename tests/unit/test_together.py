@@ -18,13 +18,14 @@ from llamanb.scale.launch import LaunchError, command, launch
 from llamanb.tiny import DEFAULTS
 from llamanb.training.saves import IN_A_ROW
 from llamanb.training.step import StepTrainer
-from tests import rank_process
 from tests.conftest import ROOT
 
 CPU = Card("CPU", None)
 PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 """Where the processes look for modules: as this one, and in the project."""
 LACK = "out of memory"
+BACKWARD = f"{LACK} in the backward pass"
+LONG = "not a number for long"
 STEPS = 8
 
 
@@ -34,12 +35,12 @@ def recipe(**more):
     return Recipe(**{**DEFAULTS, **few, **more})
 
 
-def started(folder, fault="", cards=2, sharded=False, **more):
-    """Launched as `launch` does it, with a fault on rank 1."""
+def started(folder, faults=None, cards=2, sharded=False, **more):
+    """Launched as `launch` does it, with faults on rank 1, each in its step."""
     path = folder / "recipe.json"
     path.write_text(recipe(**more).to_json())
     arguments = command(path, cards, "run", folder, module="tests.rank_process")
-    environment = os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
+    environment = os.environ | {"FAULTS": json.dumps(faults or {}), "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
     environment |= {"SHARDED": "1"} if sharded else {}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(arguments, env=environment, start_new_session=True, cwd=ROOT, **pipes)
@@ -91,7 +92,7 @@ def test_passes_over_few_rows_with_steps_of_fewer_rows_than_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_and_any_number_goes_on(alone, tmp_path):
-    process = started(tmp_path, "killed")
+    process = started(tmp_path, {"killed": 5})
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0, said
     assert ranks_of(tmp_path) == []
@@ -110,26 +111,18 @@ def test_a_rank_that_is_killed_ends_the_others_and_any_number_goes_on(alone, tmp
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_on_one_rank_changes_no_number(alone, tmp_path):
-    process = started(tmp_path, LACK)
+def test_what_one_rank_lacks_changes_no_number_and_what_is_none_there_takes_all_back(tmp_path, monkeypatch):
+    """Memory that runs out in the third step is no matter; losses that stay not finite lead back to a checkpoint and
+    half the learning rate, as in one process."""
+    process = started(tmp_path, {LACK: 3, LONG: 5}, steps=12)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "out of memory at step 5" in said
-    assert Run.open(tmp_path / "run").losses == pytest.approx(alone.losses, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_numbers_that_stay_not_finite_on_one_rank_take_all_back_to_a_checkpoint(tmp_path, monkeypatch):
-    """With half the learning rate, as one process does it."""
-    fault, few = "not a number for long", recipe(steps=12)
-    process = started(tmp_path, fault, steps=12)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    assert f"{LACK} at step 3" in said
     two = Run.open(tmp_path / "run")
-    summed, bad = StepTrainer._summed, iter(range(IN_A_ROW))
+    summed, bad, few = StepTrainer._summed, iter(range(IN_A_ROW)), recipe(steps=12)
 
     def sum_up(self, *arguments):
-        spoilt = self.state.global_step + 1 >= rank_process.STEP and next(bad, None) is not None
+        spoilt = self.state.global_step + 1 >= 5 and next(bad, None) is not None
         return summed(self, *arguments) * (float("nan") if spoilt else 1)
 
     monkeypatch.setattr(StepTrainer, "_summed", sum_up)
@@ -142,7 +135,7 @@ def test_numbers_that_stay_not_finite_on_one_rank_take_all_back_to_a_checkpoint(
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_is_told_and_ends_all(tmp_path):
-    process = started(tmp_path, "broken")
+    process = started(tmp_path, {"broken": 5})
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "this rank is broken" in said
@@ -196,19 +189,17 @@ def test_what_ranks_say_after_an_interrupt_is_shown_and_what_does_not_end_is_end
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cards", "fault"), [(3, LACK), (2, f"{LACK} in the backward pass"), (2, "not a number")])
-def test_layers_that_ranks_share(alone, tmp_path, cards, fault):
+def test_layers_that_ranks_share(alone, tmp_path):
     """Each holds a part of every layer; scores are rank 0's alone."""
-    process = started(tmp_path, fault, cards, sharded=True, eval_rows=6, weights="streamed")
+    faults = {LACK: 3, BACKWARD: 5, "not a number": STEPS}
+    process = started(tmp_path, faults, 3, sharded=True, eval_rows=6, weights="streamed")
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     run = Run.open(tmp_path / "run")
-    assert (run.status, run.plan.shards) == ("finished", cards)
-    assert (f"{LACK} at step 5" in said) == (LACK in fault)
-    if fault != "not a number":
-        assert run.losses == pytest.approx(alone.losses, rel=1e-5)
-    else:
-        assert [step.step for step in run.timeline.steps if step.skipped] == [5]
+    assert (run.status, run.plan.shards) == ("finished", 3)
+    assert [f"{LACK} at step {step}" in said for step in (3, 5)] == [True, True]
+    assert run.losses[:-1] == pytest.approx(alone.losses[:-1], rel=1e-5)
+    assert [step.step for step in run.timeline.steps if step.skipped] == [STEPS]
     assert run.scores.after.loss < run.scores.before.loss
 
 

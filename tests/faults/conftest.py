@@ -1,0 +1,1 @@
+from tests.quick import quick  # noqa: F401
