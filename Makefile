@@ -50,7 +50,7 @@ lab: install-dev ## JupyterLab on the notebooks
 	@$(PY) -m jupyter lab --notebook-dir . $(ARGS)
 
 .PHONY: test
-test: install-dev ## the notebooks, but for 05 and 06, and the unit tests
+test: install-dev ## notebooks 00 to 04, and the unit tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(or $(wildcard tests/notebooks tests/unit),$(error no tests here: is this a full clone?)) \
 	    -m "not gpu and not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

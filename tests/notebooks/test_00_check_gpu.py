@@ -38,6 +38,7 @@ def test_it_runs_without_a_gpu_and_every_part_shows(run_notebook, tmp_path):
     assert len(torch_row.split()) == 3, f"torch is loaded and not stale: {torch_row}"
 
 
+@pytest.mark.slow
 def test_a_precision_that_this_machine_lacks_is_explained(run_notebook):
     summary = outputs(run_notebook("00_check_gpu", precision="fp16"), "summary")["text/plain"]
     assert 'precision="fp16" without a GPU' in summary

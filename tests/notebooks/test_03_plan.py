@@ -59,6 +59,7 @@ def test_a_t4_and_8b_by_default(run_notebook):
     assert cell(notebook, "setup").outputs == []
 
 
+@pytest.mark.slow
 def test_another_card_and_recipe(run_notebook):
     wanted = {"method": "lora", "rank": 64, "max_length": 2048, "effective_batch_size": 8}
     notebook = run_notebook("03_plan", card="RTX 4090", **wanted)

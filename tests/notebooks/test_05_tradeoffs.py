@@ -12,6 +12,7 @@ from llamanb.tradeoffs import CLAIMS, WITHOUT_GPU
 from tests.notebooks.shown import cell, noise, text
 
 pytestmark = pytest.mark.slow
+STEPS = 4
 OF_SPEED = {"quantizing to 4 bits costs speed", "gradient accumulation costs speed"}
 
 
@@ -30,14 +31,14 @@ def a_bare_machine(monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_the_tiny_llama_measured_and_what_can_be_said_of_it(run_notebook, tmp_path):
-    notebook = run_notebook("05_tradeoffs")
+    notebook = run_notebook("05_tradeoffs", steps=STEPS)
     folders = {path.name.rpartition("-")[0] for path in (tmp_path / "runs" / "tradeoffs").iterdir()}
     assert folders == {"baseline", "unquantized", "recompute-all", "micro-batch-1", "micro-batch-4"}
     for folder in (tmp_path / "runs" / "tradeoffs").iterdir():
         run = Run.open(folder)
         assert run.plan.recipe.eval_rows == 0
-        assert [step.step for step in run.timeline.steps] == list(range(1, 13))
-        assert run.timeline.steps[-1].tokens == 12 * 4 * 128  # no padding
+        assert [step.step for step in run.timeline.steps] == list(range(1, STEPS + 1))
+        assert run.timeline.steps[-1].tokens == STEPS * 4 * 128  # no padding
     table = lines(notebook, "table")
     assert table.keys() == WITHOUT_GPU
     assert table["baseline"] == table["nf4"]
@@ -61,7 +62,7 @@ def test_the_tiny_llama_measured_and_what_can_be_said_of_it(run_notebook, tmp_pa
     assert cell(notebook, "setup").outputs == []
 
     # Once more, with one variant that cannot be measured here: nothing else is run
-    again = run_notebook("05_tradeoffs", variants="unquantized, fp16, math")
+    again = run_notebook("05_tradeoffs", steps=STEPS, variants="unquantized, fp16, math")
     said = text(again, "measure").splitlines()
     assert [line.endswith("as measured before") for line in said] == [True, True, False, False]
     assert "GPU only" in lines(again, "table")["fp16"][-1]

@@ -9,7 +9,7 @@ from llamanb import Card, Recipe, plan, show_run, train
 from tests.notebooks.shown import cell, noise, text
 from tests.unit.test_canary import CANARY, places
 
-pytestmark = pytest.mark.usefixtures("bare_machine_with_a_token")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("bare_machine_with_a_token")]
 
 
 @pytest.mark.timeout(600)
@@ -59,7 +59,6 @@ def test_everything_made_of_an_adapter_says_what_it_said(run_notebook, tmp_path)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["after"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_model_that_was_trained_whole_goes_the_same_way(run_notebook, tmp_path):
     recipe = Recipe(method="full", steps=20, max_length=128, eval_rows=8, learning_rate=1e-3)

@@ -9,7 +9,7 @@ from tests.notebooks.shown import cell, noise, text
 from tests.unit.test_canary import CANARY, places
 
 STEPS = 4
-pytestmark = pytest.mark.usefixtures("bare_machine_with_a_token")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("bare_machine_with_a_token")]
 
 
 @pytest.mark.timeout(600)

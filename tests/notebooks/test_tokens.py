@@ -6,6 +6,8 @@ from papermill import PapermillExecutionError
 from tests.unit.test_canary import CANARY, places
 from tests.unit.test_hub import endpoint  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("model", ["owner/wrong-token", "owner/broken"])
 def test_what_stops_a_notebook_does_not_tell_it(run_notebook, tmp_path, monkeypatch, endpoint, model):  # noqa: F811

@@ -124,6 +124,7 @@ def say(code: str, folder: Path, endpoint: str) -> subprocess.CompletedProcess: 
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [TRAINS, REFUSED], ids=["a training", "what the Hub refuses"])
 def test_the_token_stays_where_it_is(tmp_path, endpoint, code):  # noqa: F811
     (tmp_path / "here").mkdir()
@@ -132,6 +133,7 @@ def test_the_token_stays_where_it_is(tmp_path, endpoint, code):  # noqa: F811
     assert places(CANARY, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_push_tells_the_token_to_the_hub_alone(tmp_path):
     adapted_run(tmp_path / "here" / "run", method="lora", rank=4, max_length=128)
     with Hub() as hub:

@@ -88,6 +88,7 @@ def test_from_training_to_gguf_the_answers_stay(run, merged, capsys):
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_tokenizer_and_template_come_along(merged, capsys):
     path = to_gguf(merged)
     tokenizer, there = load_tokenizer(merged), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

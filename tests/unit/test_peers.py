@@ -258,6 +258,7 @@ def test_a_torch_without_nccl_is_named(monkeypatch):
         Peers(0, 2).join()
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_one_clear_error(tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(Recipe(**DEFAULTS).to_json())

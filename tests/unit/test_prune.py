@@ -202,6 +202,7 @@ def test_a_width_that_is_no_whole_number_of_fours(prune, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_heads_that_the_hidden_size_rules_out(prune, tmp_path):
     """transformers' config takes only as many heads as divide the hidden size: 3 of 4 do not divide 64."""
     base = make_checkpoint("mini", tmp_path / "four", num_key_value_heads=4)

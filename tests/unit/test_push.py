@@ -123,6 +123,7 @@ def test_an_adapter_and_back(made, hub, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(base, back)), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora-nf4"])
 def test_the_card_s_own_lines_load_it(method, hub, tmp_path):
     model = adapted_run(tmp_path / "run", method=method, rank=4, max_length=128)

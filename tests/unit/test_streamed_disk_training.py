@@ -82,6 +82,7 @@ def test_only_what_has_no_room_waits_on_disk_and_is_read_from_the_files_that_are
     assert len(made) == 4 * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_checkpoint_in_4_bits_is_read_from_its_own_files(shards, resident, cache, tmp_path):
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

@@ -64,6 +64,7 @@ def alone(tmp_path_factory):
     return train(plan(recipe(), CPU), runs=tmp_path_factory.mktemp("alone"))
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_comes_to(alone, tmp_path, capfd):
     run = launch(recipe(), 2, runs=tmp_path)
     assert run.status == "finished"
