@@ -10,6 +10,8 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# most modules of these packages are never imported: each is compiled when it first is
+INSTALL := $(PIP) install --no-compile
 NEEDS := requirements.txt constraints.txt pyproject.toml llamanb/setup/torch_build.py
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
@@ -106,12 +108,12 @@ $(PY):
 $(INSTALLED): $(NEEDS) | $(PY)
 	@start=$$SECONDS; torch=$$($(PY) -m llamanb.setup.torch_build); \
 	echo "install: $$torch and requirements.txt, at the versions of constraints.txt (a few minutes)"; \
-	$(PIP) install $$torch -c constraints.txt; \
-	$(PIP) install -q -r requirements.txt -c constraints.txt setuptools; \
-	$(PIP) install -q --no-deps --no-build-isolation -e .; \
+	$(INSTALL) $$torch -c constraints.txt; \
+	$(INSTALL) -q -r requirements.txt -c constraints.txt setuptools; \
+	$(INSTALL) -q --no-deps --no-build-isolation -e .; \
 	echo "install: done in $$((SECONDS - start)) s"
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	@$(PIP) install -q --no-build-isolation -e '.[dev]' -c constraints.txt
+	@$(INSTALL) -q --no-build-isolation -e '.[dev]' -c constraints.txt
 	@touch $@

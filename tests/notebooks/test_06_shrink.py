@@ -14,7 +14,7 @@ from llamanb.shrink.write import facts_of
 from tests.notebooks.shown import cell, noise, text
 
 pytestmark = pytest.mark.slow
-SOME = "magnitude 0.5, wanda 0.5, layers 0.25, channels 0.5, whitened SVD 0.5"
+SOME = "wanda 0.5, layers 0.25, channels 0.5, whitened SVD 0.5"
 """Of what the notebook measures by default, each of it a training."""
 
 

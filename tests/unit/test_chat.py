@@ -41,7 +41,6 @@ def test_an_answer_comes_piece_by_piece(chat):
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(heard))
 
 
-@pytest.mark.slow
 def test_the_adapter_is_switched_off_and_on(tuned_run, chat):
     question, before, after = (
         tuned_run.scores.questions[0],

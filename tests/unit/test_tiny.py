@@ -202,7 +202,6 @@ def fine_tune(model, tokenizer, seed):
     ("method", "start", "seed"),
     [
         ("nf4", "shipped", 0),
-        ("lora", "shipped", 1),
         ("full", "random", 2),
     ],
 )
