@@ -60,7 +60,7 @@ def ending(monkeypatch, kept: Path):
         if folder.exists() or asked:
             train_until(recipe, runs, step, name, asked)
             return folder
-        copy = kept / hashlib.sha256(f"{recipe} {step}".encode()).hexdigest()
+        copy = kept / hashlib.sha256(f"{recipe.to_json()} {step}".encode()).hexdigest()
         if not copy.exists():
             train_until(recipe, runs, step, name, asked)
             shutil.copytree(folder, copy)
