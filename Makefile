@@ -10,7 +10,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# most modules of these packages are never imported: each is compiled when it first is
+# most modules of these packages are never imported: not all of them are compiled, but those that one import brings
 INSTALL := $(PIP) install --no-compile
 NEEDS := requirements.txt constraints.txt pyproject.toml llamanb/setup/torch_build.py
 INSTALLED := $(VENV)/.installed
@@ -111,6 +111,7 @@ $(INSTALLED): $(NEEDS) | $(PY)
 	$(INSTALL) $$torch -c constraints.txt; \
 	$(INSTALL) -q -r requirements.txt -c constraints.txt setuptools; \
 	$(INSTALL) -q --no-deps --no-build-isolation -e .; \
+	$(PY) -W ignore -c "import papermill, ipykernel, ipywidgets, matplotlib.figure, bitsandbytes, peft; from trl import SFTTrainer"; \
 	echo "install: done in $$((SECONDS - start)) s"
 	@touch $@
 
