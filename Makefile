@@ -10,8 +10,9 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# most modules of these packages are never imported: not all of them are compiled, but those that one import brings
+# pip compiles one file after the other; what it leaves is compiled by all cores at the end
 INSTALL := $(PIP) install --no-compile
+COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 NEEDS := requirements.txt constraints.txt pyproject.toml llamanb/setup/torch_build.py
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
@@ -111,10 +112,11 @@ $(INSTALLED): $(NEEDS) | $(PY)
 	$(INSTALL) $$torch -c constraints.txt; \
 	$(INSTALL) -q -r requirements.txt -c constraints.txt setuptools; \
 	$(INSTALL) -q --no-deps --no-build-isolation -e .; \
-	$(PY) -W ignore -c "import papermill, ipykernel, ipywidgets, matplotlib.figure, bitsandbytes, peft; from trl import SFTTrainer"; \
+	$(COMPILE); \
 	echo "install: done in $$((SECONDS - start)) s"
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
 	@$(INSTALL) -q --no-build-isolation -e '.[dev]' -c constraints.txt
+	@$(COMPILE)
 	@touch $@

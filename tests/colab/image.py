@@ -46,9 +46,9 @@ def make_colab(folder: Path) -> None:
     run(sys.executable, "-m", "venv", folder)
     python = folder / "bin" / "python"
     pip_line = next(line for line in FREEZE.read_text().splitlines() if line.startswith("pip=="))
-    run(python, "-m", "pip", "install", "-q", "--no-compile", pip_line)
+    run(python, "-m", "pip", "install", "-q", pip_line)
     torch = run(python, "-m", "llamanb.setup.torch_build", cwd=ROOT, env=without_gpu()).stdout.split()
-    run(python, "-m", "pip", "install", "-q", "--no-compile", *torch, "-r", FREEZE, timeout_s=1200)
+    run(python, "-m", "pip", "install", "-q", *torch, "-r", FREEZE, timeout_s=1200)
 
 
 def without_gpu() -> dict[str, str]:
