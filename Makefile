@@ -10,9 +10,6 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# pip compiles one file after the other; what it leaves is compiled by all cores at the end
-INSTALL := $(PIP) install --no-compile
-COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 NEEDS := requirements.txt constraints.txt pyproject.toml llamanb/setup/torch_build.py
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
@@ -109,14 +106,12 @@ $(PY):
 $(INSTALLED): $(NEEDS) | $(PY)
 	@start=$$SECONDS; torch=$$($(PY) -m llamanb.setup.torch_build); \
 	echo "install: $$torch and requirements.txt, at the versions of constraints.txt (a few minutes)"; \
-	$(INSTALL) $$torch -c constraints.txt; \
-	$(INSTALL) -q -r requirements.txt -c constraints.txt setuptools; \
-	$(INSTALL) -q --no-deps --no-build-isolation -e .; \
-	$(COMPILE); \
+	$(PIP) install $$torch -c constraints.txt; \
+	$(PIP) install -q -r requirements.txt -c constraints.txt setuptools; \
+	$(PIP) install -q --no-deps --no-build-isolation -e .; \
 	echo "install: done in $$((SECONDS - start)) s"
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	@$(INSTALL) -q --no-build-isolation -e '.[dev]' -c constraints.txt
-	@$(COMPILE)
+	@$(PIP) install -q --no-build-isolation -e '.[dev]' -c constraints.txt
 	@touch $@
