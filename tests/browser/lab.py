@@ -82,6 +82,7 @@ class Lab:
         for name, title in THEMES.items():
             self.page.evaluate(CHANGE_THEME, title)
             self.page.wait_for_function(HAS_THEME, arg=str(name == "light").lower())
+            expect(self.page.locator("#jupyterlab-splash")).to_have_count(0)  # it covers the page for a moment
             yield name
 
     def noise(self) -> list[str]:
@@ -92,10 +93,14 @@ class Lab:
         """Outputs, labels and readouts whose text is wider than they are, in any theme."""
         return [text for _ in self.themes() for text in self.page.evaluate(CUT_OFF)]
 
-    def save_picture(self, name: str, cell_id: str) -> None:
-        """The window, with the cell's output in sight, as artifacts/browser/`name`-light.png and -dark.png."""
+    def save_pictures(self, **cells: str) -> None:
+        """The window, with the output of each cell in sight, as artifacts/browser/NAME-light.png and -dark.png."""
         self.page.mouse.move(0, 0)
-        self.output(cell_id).first.scroll_into_view_if_needed()
-        self.cell(cell_id).evaluate("cell => cell.previousElementSibling.scrollIntoView({block: 'start'})")
         for theme in self.themes():
-            self.page.screenshot(path=self._pictures / f"{name}-{theme}.png")
+            for name, cell_id in cells.items():
+                self.output(cell_id).first.scroll_into_view_if_needed()
+                self.cell(cell_id).evaluate("cell => cell.previousElementSibling.scrollIntoView({block: 'start'})")
+                self.page.screenshot(path=self._pictures / f"{name}-{theme}.png")
+
+    def save_picture(self, name: str, cell_id: str) -> None:
+        self.save_pictures(**{name: cell_id})

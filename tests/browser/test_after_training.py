@@ -45,9 +45,8 @@ def test_a_person_goes_on_with_the_conversation(open_lab):
     say(lab, "a<|eot_id|>b")
     expect(lab.output("form").get_by_role("alert")).to_contain_text("control token <|eot_id|>")
     expect(turn(lab)).to_have_value("a<|eot_id|>b")
-    for cell in ("compare", "side", "chat", "again", "push"):
-        lab.save_picture(f"07-{cell}", cell)
-    lab.save_picture("07-refused", "form")
+    cells = {f"07-{cell}": cell for cell in ("compare", "side", "chat", "again", "push")}
+    lab.save_pictures(**cells, **{"07-refused": "form"})
     assert lab.cut_off() == []
 
     button(lab, "Clear").click()

@@ -57,8 +57,8 @@ def test_run_all(open_lab):
     lab.run_all()
     lab.wait_for_the_end()
     expect(bar(lab)).to_have_attribute("aria-label", re.compile(r"^[\d.]+ of 13\.\d+ GiB: [\d.]+ GiB left$"))
-    for cell in ("form", "plan", "bar", "others", "trainable", "too-much", "rehearse", "result"):
-        lab.save_picture(f"03-{cell}", cell)
+    cells = ("form", "plan", "bar", "others", "trainable", "too-much", "rehearse", "result")
+    lab.save_pictures(**{f"03-{cell}": cell for cell in cells})
     assert lab.noise() == []
     assert lab.cut_off() == []
     assert "cannot be rehearsed here" in lab.output("rehearse").first.inner_text()

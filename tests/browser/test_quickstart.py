@@ -24,10 +24,8 @@ def test_run_all(open_lab, server):
     lab.save_picture("training", "train")
 
     lab.wait_for_the_end()
-    for name, cell in {"data": "data", "plan": "plan", "trained": "train", "result": "result", "loss": "loss"}.items():
-        lab.save_picture(name, cell)
-    lab.save_picture("memory", "memory")
-    lab.save_picture("files", "files")
+    cells = {name: name for name in ("data", "plan", "result", "loss", "memory", "files")}
+    lab.save_pictures(trained="train", **cells)
     assert lab.noise() == []
     assert lab.cut_off() == []
     result = lab.output("result").inner_text()

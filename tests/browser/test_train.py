@@ -28,8 +28,7 @@ def test_an_interrupt_keeps_what_was_learned_and_run_all_picks_it_up(open_lab, s
     lab.wait_for_pictures(2)
     lab.save_picture("04-training", "train")
     interrupt(lab)
-    for cell in ("train", "memory", "compare", "report", "result"):
-        lab.save_picture(f"04-{cell}", cell)
+    lab.save_pictures(**{f"04-{cell}": cell for cell in ("train", "memory", "compare", "report", "result")})
     assert lab.noise() == []
     assert lab.cut_off() == []
     expect(lab.output("result").last).to_contain_text("(interrupted)")
