@@ -9,7 +9,7 @@ from tests.unit.test_hub import endpoint  # noqa: F401
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("model", ["owner/wrong-token", "owner/broken"])
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", "owner/wrong-token", "owner/broken"])
 def test_what_stops_a_notebook_does_not_tell_it(run_notebook, tmp_path, monkeypatch, endpoint, model):  # noqa: F811
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("HF_ENDPOINT", endpoint)

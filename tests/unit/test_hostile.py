@@ -1,5 +1,7 @@
 """Text stays text: hostile strings through everything of the package that shows text, as HTML, Markdown and plain.
 
+pytestmark = pytest.mark.whole
+
 And a lint: no module but html.py writes markup, so that there is one place to check.
 """
 

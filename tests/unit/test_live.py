@@ -10,6 +10,8 @@ from llamanb.timeline import Sample, Timeline
 from llamanb.watch import live
 from llamanb.watch.live import DRAWING_SHARE, FREE_FRAMES, LINES, WORDS_S, LiveView
 
+pytestmark = pytest.mark.whole
+
 STEPS = 120
 
 

@@ -15,6 +15,8 @@ from llamanb.tape import BUCKETS
 from llamanb.timeline import Timeline
 from tests.unit.fake_run import BUCKETS_GIB, PEAKS_GIB, run_on_a_t4
 
+pytestmark = pytest.mark.whole
+
 SECTIONS = ["Plan", "Planned and measured", "Memory over time", "Loss", "Before and after", "Recipe", "Versions"]
 SECTIONS += ["The same again"]
 HOSTILE = [

@@ -16,6 +16,8 @@ from llamanb.timeline import Timeline
 from llamanb.watch.live import LiveView
 from tests.unit.fake_run import run_on_a_t4
 
+pytestmark = pytest.mark.whole
+
 CPU = Card("CPU", None)
 FILES = ("plan.json", "run.json", "timeline.json", "memory.csv", "metrics.csv")
 

@@ -202,6 +202,10 @@ def fine_tune(model, tokenizer, seed):
     ("method", "start", "seed"),
     [
         ("nf4", "shipped", 0),
+        ("nf4", "shipped", 1),
+        ("lora", "shipped", 2),
+        ("nf4", "random", 0),
+        ("lora", "random", 1),
         ("full", "random", 2),
     ],
 )
