@@ -116,7 +116,9 @@ class Run:
 
     @property
     def stacks(self) -> set[str]:
-        return {one.stack for row in self.args.rows for one in [*self.entrants(row), *self.to_screen(row)]}
+        """All that may take part: what an earlier run looked through is timed again where it was best."""
+        found = [one for row in self.args.rows for one in [*self.entrants(row), *grid(row)]]
+        return {one.stack for one in found if self.wanted(one)}
 
     def warm(self, row: Row) -> None:
         """Starts what a row needs, and ends what holds another model or card, or was for one setting of another row."""

@@ -342,17 +342,27 @@ def test_what_went_wrong_is_in_the_report(tmp_path):
     assert "skipped: too big" in text
 
 
-def test_the_best_settings_of_the_grid_are_timed_again(tmp_path):
-    arguments = SimpleNamespace(
-        rows=[ROWS["16gb-512"]],
-        out=tmp_path / "out.jsonl",
-        screens=[],
-        only=[],
-        add=[Contestant("llamanb", {"stored": "0"})],
-    )
-    arguments.seconds, arguments.rounds, arguments.no_screen, arguments.device = 100, 2, False, "cpu"
-    run = speed.Run(arguments, Clock(100))
+def run_of(row: str, tmp_path, **arguments) -> speed.Run:
+    usual = {"screens": [], "only": [], "add": [], "seconds": 100, "rounds": 2, "no_screen": False, "device": "cpu"}
+    given = SimpleNamespace(rows=[ROWS[row]], out=tmp_path / "out.jsonl", **(usual | arguments))
+    run = speed.Run(given, Clock(100))
     run.machine = MACHINE
+    return run
+
+
+@pytest.mark.parametrize(
+    ("only", "stacks"), [(["llamanb", "unsloth"], {"llamanb", "unsloth"}), (["llamanb"], {"llamanb"})]
+)
+def test_a_peer_takes_part_whose_grid_an_earlier_run_has_looked_through(only, stacks, tmp_path):
+    """It needs a checkpoint then too."""
+    run = run_of("8b-2x2048", tmp_path, only=only, screens=[ROOT / "benchmarks/results/raw/speed_uncapped.jsonl"])
+    assert run.to_screen(ROWS["8b-2x2048"]) == []
+    assert run.stacks == stacks
+    run.end()
+
+
+def test_the_best_settings_of_the_grid_are_timed_again(tmp_path):
+    run = run_of("16gb-512", tmp_path, add=[Contestant("llamanb", {"stored": "0"})])
     row = ROWS["16gb-512"]
 
     def screen(one, matrix_s, other_s):
