@@ -168,7 +168,7 @@ class StepTrainer(SFTTrainer):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, self._prepare_inputs(micro), num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(loss)
-                total += loss.detach()
+                total += loss.detach_()  # lets go of what int8 products hold on the graph, their inputs
         return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
