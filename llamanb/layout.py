@@ -48,7 +48,8 @@ class Plan:
     micro_batch_size: int
     """Rows computed at once."""
     accumulation: int
-    """Micro-batches summed up into one optimizer step; times `micro_batch_size` it is the effective batch."""
+    """Micro-batches summed up into one optimizer step; times `micro_batch_size` it is `share`. Fused layers take short
+    rows in fewer."""
     layers: tuple[str, ...]
     """What becomes of each decoder layer's activations (tape.STORED, HALVED, CHECKPOINTED, OFFLOADED), the first layer
     first. Empty on a CPU that keeps all of them."""
@@ -92,7 +93,7 @@ class Plan:
 
     @property
     def share(self) -> int:
-        """Rows of an optimizer step that one card computes at most."""
+        """Rows of an optimizer step that are planned for one card. It may have more of them where they are short."""
         return -(-self.recipe.effective_batch_size // self.cards)
 
     @property
@@ -128,8 +129,7 @@ class Plan:
             ("optimizer", self.optimizer, "optimizer"),
         ]
         if self.shards > 1:
-            why = "a copy has no room on each; each layer's parts are gathered before it is computed"
-            chosen.append(("weights", f"of all layers in parts, shared by {self.shards} cards", why))
+            chosen.append(("weights", f"of all layers in parts, shared by {self.shards} cards", "weights"))
         elif self.streamed:
             held = len(self.streamed) - len(self.on_disk)
             what = f"of {held} of {len(self.layers)} layers in host memory: {self.streamed_gib:.1f} GiB"

@@ -1,6 +1,6 @@
 """How much memory a training takes, predicted: by instant, by bucket, and with what the allocator adds.
 
-A step's tape (tape.py) says what is alive when. Deep models repeat the same layer, so each instant's peak grows by the
+A step's tape (tape/) says what is alive when. Deep models repeat the same layer, so each instant's peak grows by the
 same amount with each layer of a kind: tapes of a few layers give the peaks of all. The instants are carried on one by
 one, since the peak of a deep model and that of a shallow one lie in different instants. What lies between allocated and
 reserved comes from replaying a tape of at most REPLAYED layers (allocator.py).

@@ -107,10 +107,10 @@ def _on_cards(recipe: Recipe, card: Card, model: Architecture, cards: int, data,
 def _share(recipe: Recipe, cards: int) -> Recipe:
     """As one of several cards computes it."""
     effective, micro = recipe.effective_batch_size, recipe.micro_batch_size
-    rows = -(-effective // cards)
     if not 0 < cards <= effective:
         why = f"a step has {effective} rows, and each card computes some of them"
-        raise RecipeError(f"cards = {cards}", why, f"effective_batch_size = {max(cards, 1)} or more, or fewer cards")
+        raise RecipeError(f"cards = {cards}", why, f"1 to {effective} cards, or a larger effective_batch_size")
+    rows = -(-effective // cards)
     if micro and rows % micro:
         why = f"each of {cards} cards computes {rows} of a step's {effective} rows"
         raise RecipeError(f"micro_batch_size = {micro}", why, "leave it out, or give a divisor of that")
@@ -131,11 +131,9 @@ def search(
     or shared by so many cards (`shards`)."""
     dtype, why_dtype = card.choose_precision(recipe.precision)
     length = _length(recipe, data)
-    attention, kernel, why_attention = _attention(card, dtype)
+    why_not_fused = _why_not_fused(recipe)
+    attention, kernel, why_attention = _attention(card, dtype, fused=not why_not_fused)
     optimizer, why_optimizer = _optimizer(recipe, card)
-    why_not_fused = _why_not_fused(recipe, kernel)
-    if kernel == "cudnn" and not why_not_fused:
-        kernel = "flash"  # rows that lie one behind the other, none padded, are no work for cuDNN's here
     base = workload(
         recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=length, fused=not why_not_fused
     ).replace(streamed=streamed, shards=shards)
@@ -184,9 +182,9 @@ def search(
 def smallest_fits(recipe: Recipe, card: Card, model: Architecture, gaps: float = GAPS_GUESS) -> bool:
     """Whether the smallest layout fits; a quick answer, with gaps as a share of the rest. With none a no is sure."""
     dtype, _ = card.choose_precision(recipe.precision)
-    _, kernel, _ = _attention(card, dtype)
+    fused = not _why_not_fused(recipe)
+    _, kernel, _ = _attention(card, dtype, fused=fused)
     optimizer, _ = _optimizer(recipe, card)
-    fused = not _why_not_fused(recipe, kernel)
     base = workload(
         recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length, fused=fused
     )
@@ -265,24 +263,23 @@ def _why_layers(recipe: Recipe, best: Candidate, limit: float) -> str:
     return f"recomputing costs time: as few layers as fit {limit / GIB:.2f} GiB"
 
 
-def _why_not_fused(recipe: Recipe, kernel: str) -> str:
+def _why_not_fused(recipe: Recipe) -> str:
     """Why layers are computed as transformers and peft do; "" where `model.fused` can do it."""
     if not recipe.adapters:
         return "fused layers train adapters only"
     if recipe.quantization == "int8":
         return "int8 has its own products"
-    if recipe.dropout or recipe.dora:
-        return "fused layers know neither dropout nor DoRA"
-    return "the math kernel has no fused layers" if kernel == "math" else ""
+    return "fused layers know neither dropout nor DoRA" if recipe.dropout or recipe.dora else ""
 
 
-def _attention(card: Card, dtype: str) -> tuple[str, str, str]:
-    """transformers' attention, the kernel it will take, and why.
+def _attention(card: Card, dtype: str, *, fused: bool) -> tuple[str, str, str]:
+    """transformers' attention, the kernel it will take, and why. `fused`: rows lie one behind the other, none padded,
+    which is no work for cuDNN's here. Those that take grouped heads do in the card's own 16-bit dtype.
 
     Llama 3 shares key and value heads between query heads, and without FlashAttention the memory-efficient kernel
     refuses that: SDPA then takes its math path, whose memory grows with the square of the length.
     """
-    fast = [kernel for kernel in card.grouped_kernels if kernel != "math"]  # in the card's own 16-bit dtype
+    fast = [kernel for kernel in card.grouped_kernels if kernel != "math" and not (fused and kernel == "cudnn")]
     tried = "" if card.attention_gqa or dtype == "fp32" else " (by its compute capability; not tried)"
     if fast and dtype != "fp32":
         hopper = card.capability[0] in (9, 10)  # where torch prefers cuDNN's (sdp_utils.cpp, check_prefer_cudnn)

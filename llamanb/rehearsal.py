@@ -56,12 +56,15 @@ def rehearse(plan: Plan) -> Plan:
     Raises:
         GpuError: there is no GPU, or one of another capability or size than the plan's.
         RecipeError: only some of the plan's layers are streamed, or some wait on disk: trials stream all of theirs from
-            host memory, or none.
+            host memory, or none; or cards share them.
         DoesNotFitError: the trials show that the plan does not fit, however its layers are laid out.
     """
     card = plan.card
     if not card.is_gpu:
         raise GpuError("nothing to rehearse", "the plan is for a CPU, and predicts no memory", "plan for a GPU")
+    if plan.shards > 1:
+        why = f"{plan.shards} cards share its layers, and a trial runs on one"
+        raise RecipeError("this plan cannot be rehearsed", why, "launch it: the first steps show what they take")
     held = len(plan.streamed) - len(plan.on_disk)
     if plan.streamed and held < len(plan.layers):
         why = f"of {len(plan.layers)} layers {held} wait in host memory, and trials have a few, streamed so or not"

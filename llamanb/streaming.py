@@ -159,8 +159,10 @@ def tokens_that_hide(work: Workload, card: Card) -> int:
 
 
 def why(work: Workload, time: StepTime | None, recipe: Recipe, card: Card) -> str:
-    """Why weights wait, what hides that they have to be brought, and what decides how fast a step is; empty where none
-    wait."""
+    """Why weights wait, what hides that they have to be brought, and what decides how fast a step is; or why cards
+    share them. Empty where neither is so."""
+    if work.shards > 1:
+        return "a copy has no room on each; each layer's parts are gathered before it is computed"
     if not work.streamed:
         return ""
     said = "nothing fits with all of them on the card; " if recipe.weights == "auto" else ""

@@ -109,8 +109,11 @@ def load_piecewise(
         streams: in the place of StreamedLayers, with a `home` for each layer.
         says: whether to print how far it has come, where that takes long.
 
-    Raises ModelError where a weight is not stored.
+    Raises ModelError where a weight is not stored, or linear layers have biases, which no Llama 3 has.
     """
+    if config.attention_bias or config.mlp_bias:
+        why = "its linear layers have biases, which are not brought along"
+        raise ModelError("its weights cannot wait outside of the card", why, 'weights = "resident"')
     read, stored, where = source
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)

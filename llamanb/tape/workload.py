@@ -55,7 +55,7 @@ class Workload:
     length: int
     """Tokens a row, the longest of the micro-batch."""
     layers: tuple[str, ...]
-    """STORED, CHECKPOINTED or OFFLOADED for each decoder layer, the first one first."""
+    """STORED, HALVED, CHECKPOINTED or OFFLOADED for each decoder layer, the first one first."""
     fused: bool = False
     """Layers and loss as model/fused.py computes them, not as transformers, peft and trl do."""
     dtype: str = "fp16"

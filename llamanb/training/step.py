@@ -16,6 +16,7 @@ from trl import SFTTrainer
 from llamanb.attempts import attempt
 from llamanb.data.encode import IGNORE
 from llamanb.data.packing import pack
+from llamanb.errors import ModelError
 from llamanb.layout import Plan
 from llamanb.model.elementwise import Fast
 from llamanb.model.fused import FusedDecoder, fits_layer
@@ -37,10 +38,18 @@ def pool(rows: Sequence[dict]) -> dict:
 
 
 def heaviest(rows: Sequence, plan: Plan) -> dict:
-    """The pool of the longest rows: a micro-batch of them, and a second one where steps have several."""
-    count = plan.micro_batch_size * min(2, plan.accumulation)
-    longest = sorted(rows, key=lambda row: len(row.input_ids))[-count:]
-    return pool([{"input_ids": row.input_ids, "labels": row.labels} for row in longest])
+    """The pool of the rows that take most memory: a micro-batch of them, and a second one where steps have several.
+    Fused layers take as many as have room if each were as long as the longest, so shorter rows may be more tokens."""
+    rows = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    lengths = [len(row.input_ids) for row in rows]
+
+    def end(begin: int) -> int:
+        fit = plan.micro_batch_size * plan.length // lengths[begin] if plan.fused else plan.micro_batch_size
+        return begin + max(1, min(fit, plan.share))
+
+    begin = max(range(len(rows)), key=lambda i: sum(lengths[i : end(i)])) if plan.fused else 0
+    last = min(end(min(end(begin), len(rows) - 1)), begin + plan.share)
+    return pool([{"input_ids": row.input_ids, "labels": row.labels} for row in reversed(rows[begin:last])])
 
 
 class StepTrainer(SFTTrainer):
@@ -67,6 +76,10 @@ class StepTrainer(SFTTrainer):
         """Told of each plan that took the place of one that ran out of memory."""
         if plan.fused:
             why_not = next(filter(None, map(fits_layer, self.model.get_decoder().layers)), "")
+            if why_not and plan.streamed:
+                raise ModelError(
+                    "only fused layers fetch weights that are not on the card", why_not, 'weights = "resident"'
+                )
             if why_not:
                 warnings.warn(f"layers are not fused, and may take more memory than planned: {why_not}", stacklevel=2)
                 lay_out(self.model, plan.layers)
@@ -181,15 +194,14 @@ class StepTrainer(SFTTrainer):
 
     def _micro_batches(self, inputs: dict) -> Iterator[dict]:
         lengths, plan = inputs["lengths"], self.plan
-        ids, labels = (inputs[name].split(lengths) for name in ("input_ids", "labels"))
         if self.fused is None:
+            ids, labels = (inputs[name].split(lengths) for name in ("input_ids", "labels"))
             for begin in range(0, len(lengths), plan.micro_batch_size):
                 rows = slice(begin, begin + plan.micro_batch_size)
                 yield _padded(ids[rows], labels[rows], self.processing_class.pad_token_id)
             return
         for rows in pack(lengths, plan.micro_batch_size * plan.length):
-            taken = [torch.cat([of[i] for i in rows]) for of in (ids, labels)]
-            yield {"input_ids": taken[0], "labels": taken[1], "lengths": [lengths[i] for i in rows]}
+            yield _rows(inputs, rows)
 
 
 def _alone(count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
@@ -197,16 +209,12 @@ def _alone(count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
 
 
 def _rows(inputs: dict, numbers: Sequence[int]) -> dict:
-    """Some of a pool's rows."""
-    lengths = inputs["lengths"]
-    if len(numbers) == len(lengths):
-        return inputs
-    ids, labels = (inputs[name].split(lengths) for name in ("input_ids", "labels"))
-    taken = {name: [rows[n] for n in numbers] for name, rows in (("input_ids", ids), ("labels", labels))}
-    empty = inputs["input_ids"][:0]
-    return {name: torch.cat([empty, *rows]) for name, rows in taken.items()} | {
-        "lengths": [lengths[n] for n in numbers]
-    }
+    """Some of a pool's rows, in this order."""
+    lengths, taken = inputs["lengths"], {}
+    for name in ("input_ids", "labels"):
+        rows = inputs[name].split(lengths)
+        taken[name] = torch.cat([inputs[name][:0], *(rows[n] for n in numbers)])
+    return taken | {"lengths": [lengths[n] for n in numbers]}
 
 
 def _padded(ids: Sequence[Tensor], labels: Sequence[Tensor], padding: int) -> dict[str, Tensor]:

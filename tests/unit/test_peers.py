@@ -307,6 +307,10 @@ def test_what_is_launched_knows_the_memory_of_its_machine(monkeypatch, machines,
 def test_too_many_cards_and_rows_that_do_not_go_into_a_share():
     with pytest.raises(RecipeError, match="a step has 4 rows"):
         plan(Recipe(model=EIGHT, effective_batch_size=4), "T4", cards=5)
+    for cards in (0, -1):
+        with pytest.raises(RecipeError, match=f"cards = {cards}") as caught:
+            plan(Recipe(model=EIGHT, effective_batch_size=4), "T4", cards=cards)
+        assert "1 to 4 cards" in caught.value.fix
     with pytest.raises(RecipeError, match="each of 2 cards computes 4 of a step's 8 rows"):
         plan(Recipe(model=EIGHT, effective_batch_size=8, micro_batch_size=8), "T4", cards=2)
 
@@ -333,7 +337,9 @@ def test_a_model_without_room_for_copies_is_shared_and_where_parts_have_none_str
     )
     assert (four.shards, len(four.streamed), four.fits) == (4, 80, True)
     assert four.streamed_gib == pytest.approx(128256 * 8192 * 2 / 2**30), "the token embedding"
-    assert "shared by 4 cards" in str(four)
+    (shared,) = [line for line in str(four).splitlines() if "shared by 4 cards" in line]
+    assert "a copy has no room on each" in shared
+    assert four.reasons["weights"].startswith("a copy has no room on each")
     assert (two.shards, two.fits) == (1, True)
     assert two.streamed_gib > 33, "each card's own"
     assert (copied.shards, copied.streamed) == (1, ())

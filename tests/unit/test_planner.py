@@ -68,6 +68,15 @@ def test_a_newer_card_gets_bf16_and_a_kernel_that_takes_grouped_heads(card, kern
     as_they_are, fused = plan(eight(dropout=0.1, checkpointing="all"), card), plan(eight(), card)
     assert (as_they_are.dtype, as_they_are.attention, as_they_are.kernel) == ("bf16", "sdpa", kernel)
     assert (fused.dtype, fused.attention, fused.kernel) == ("bf16", "sdpa", "flash"), "rows one behind the other"
+    assert as_they_are.reasons["attention"].startswith(kernel)
+    assert fused.reasons["attention"].startswith("flash")
+
+
+def test_a_card_on_which_cudnn_alone_takes_grouped_heads_has_fused_layers_with_expanded_ones():
+    card = replace(Card.known("H200"), attention=("cudnn", "memory-efficient", "math"), attention_gqa=("cudnn", "math"))
+    as_they_are, fused = plan(eight(dropout=0.1, checkpointing="all"), card), plan(eight(), card)
+    assert (as_they_are.attention, as_they_are.kernel) == ("sdpa", "cudnn")
+    assert (fused.fused, fused.attention, fused.kernel) == (True, EXPANDED_ATTENTION, "memory-efficient")
 
 
 @pytest.mark.parametrize("card", ["T4", "RTX 4090", "H200"])
@@ -88,10 +97,6 @@ def test_layers_are_fused_where_they_can_be(fields, why, card):
     assert made.fused == (not why)
     assert (why or "the same numbers in fewer kernels") in made.reasons["fused"]
     assert workload_of(made, architecture(MODELS["1B"])).fused == made.fused
-
-
-def test_the_math_kernel_has_no_fused_layers():
-    assert "math" in planner._why_not_fused(eight(), "math")
 
 
 def test_fp32_on_a_gpu_has_no_flash():

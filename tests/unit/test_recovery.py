@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import itertools
+import random
 import weakref
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 
 from llamanb import Card, Recipe, plan
 from llamanb.attempts import attempt, in_halves, is_out_of_memory
+from llamanb.data.packing import pack
 from llamanb.evaluate import evaluate
 from llamanb.layout import GIB
 from llamanb.tape import CHECKPOINTED, OFFLOADED
@@ -136,10 +138,43 @@ def test_on_a_cpu_rows_are_halved_and_then_layers_recomputed(mini):
 
 
 def test_the_heaviest_rows_are_those_of_two_micro_batches():
-    rows = [SimpleNamespace(input_ids=[1] * n, labels=[1] * n) for n in (3, 9, 2, 7, 5)]
-    of = {count: SimpleNamespace(micro_batch_size=count, accumulation=4) for count in (1, 2, 4)}
+    rows = rows_of(3, 9, 2, 7, 5)
+    of = {count: SimpleNamespace(micro_batch_size=count, share=4 * count, fused=False) for count in (1, 2, 4)}
     assert [heaviest(rows, of[count])["lengths"] for count in of] == [[7, 9], [3, 5, 7, 9], [2, 3, 5, 7, 9]]
-    assert heaviest(rows, SimpleNamespace(micro_batch_size=2, accumulation=1))["lengths"] == [7, 9]
+    assert heaviest(rows, SimpleNamespace(micro_batch_size=2, share=2, fused=False))["lengths"] == [7, 9]
+
+
+def rows_of(*lengths):
+    return [SimpleNamespace(input_ids=[1] * n, labels=[1] * n) for n in lengths]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "micro", "longest", "share", "heaviest_rows"),
+    [
+        ([90, 20, 20, 20, 20, 20, 20], 1, 100, 16, [20, 20, 20, 20, 20, 20]),  # five are 100 tokens
+        ([90, 20, 20, 20, 20, 20, 20], 1, 100, 4, [20, 20, 20, 90]),  # four are 80
+        ([90, 20, 20, 20], 1, 100, 1, [90]),
+        ([90], 2, 100, 16, [90]),
+        ([90, 80, 10], 2, 100, 3, [10, 80, 90]),
+        ([130, 20, 20], 1, 100, 3, [20, 20, 130]),  # longer than planned for, and alone
+    ],
+)
+def test_end_to_end_many_shorter_rows_may_be_heavier_than_the_longest(lengths, micro, longest, share, heaviest_rows):
+    made = SimpleNamespace(micro_batch_size=micro, length=longest, share=share, fused=True)
+    assert heaviest(rows_of(*lengths), made)["lengths"] == heaviest_rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_micro_batch_of_any_step_has_more_tokens(seed):
+    source = random.Random(seed)
+    lengths = [min(680, max(20, round(source.gauss(250, 120)))) for _ in range(400)]
+    made = SimpleNamespace(micro_batch_size=2, length=1024, share=16, fused=True)
+
+    def most(rows):
+        return max(sum(rows[i] for i in batch) for batch in pack(rows, 2 * 1024))
+
+    probed = most(heaviest(rows_of(*lengths), made)["lengths"])
+    assert all(most(source.sample(lengths, 16)) <= probed for _ in range(200))
 
 
 # a plan that is kept

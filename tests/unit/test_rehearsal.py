@@ -375,6 +375,8 @@ def test_a_plan_that_streams_is_tried_with_streamed_layers(gpu, monkeypatch):
     assert again.time.measured_s > 0
     with pytest.raises(RecipeError, match="streams some layers"):
         rehearse(made.replace(streamed=made.streamed[1:]))
+    with pytest.raises(RecipeError, match="4 cards share its layers, and a trial runs on one"):
+        rehearse(made.replace(shards=4, cards=4))
 
 
 def test_a_pretended_card_is_rehearsed_on_whatever_is_there(gpu, monkeypatch):

@@ -132,35 +132,32 @@ def mean_loss(trainer, rows):
 class Keeps(torch.autograd.Function):
     """Holds a tensor on its node, as bitsandbytes' int8 products do with their inputs: backward does not free it."""
 
-    held = []
-
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, held):
         ctx.kept = x.clone()
-        Keeps.held.append(weakref.ref(ctx.kept))
+        held.append(weakref.ref(ctx.kept))
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient
+        return gradient, None
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_micro_batch_leaves_nothing_to_the_next(make, fused, monkeypatch):
+def test_a_micro_batch_leaves_nothing_to_the_next(make, fused):
     rows = rows_of(4)
-    trainer, alive = make(rows, fused=fused, effective=4), []
+    trainer, held, alive = make(rows, fused=fused, effective=4), [], []
     compute_loss = trainer.compute_loss
-    monkeypatch.setattr(Keeps, "held", [])
 
     def watched(*args, **kwargs):
-        alive.append(sum(one() is not None for one in Keeps.held))
-        return Keeps.apply(compute_loss(*args, **kwargs))
+        alive.append(sum(one() is not None for one in held))
+        return Keeps.apply(compute_loss(*args, **kwargs), held)
 
     trainer.compute_loss = watched
     stepped(trainer, rows)
     assert len(alive) > 2
     assert not any(alive)
-    assert not any(one() is not None for one in Keeps.held)
+    assert not any(one() is not None for one in held)
 
 
 def test_the_backward_stays_in_the_thread_of_the_training(make):

@@ -168,6 +168,29 @@ def test_a_weight_that_is_not_there_is_named(tmp_path):
         trained(tmp_path / "runs", recipe(model=str(tmp_path)), (0, 1, 2, 3))
 
 
+def changed(folder, **config):
+    """The tiny Llama with another config."""
+    for file in CHECKPOINT.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    return recipe(model=str(folder), steps=1, eval_rows=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"attention_bias": True}, "biases, which are not brought along"),
+        ({"mlp_bias": True}, "biases, which are not brought along"),
+        ({"attention_dropout": 0.1}, "attention with dropout"),
+        ({"hidden_act": "gelu"}, "gelu in the MLP"),
+    ],
+)
+def test_a_llama_that_cannot_be_streamed_is_no_other_one_that_can(tmp_path, config, why):
+    with pytest.raises(ModelError, match=why) as caught:
+        trained(tmp_path / "runs", changed(tmp_path, **config), (0, 1, 2, 3))
+    assert caught.value.fix == 'weights = "resident"'
+
+
 @pytest.mark.parametrize("more", [{"method": "lora"}, {"method": "qlora-int8"}, {"dropout": 0.1}, {"dora": True}])
 def test_what_cannot_be_streamed_is_refused_before_anything_is_read(more):
     with pytest.raises(RecipeError, match="weights = 'streamed' is for adapters over 4-bit"):
