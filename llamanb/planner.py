@@ -274,7 +274,8 @@ def _why_not_fused(recipe: Recipe) -> str:
 
 def _attention(card: Card, dtype: str, *, fused: bool) -> tuple[str, str, str]:
     """transformers' attention, the kernel it will take, and why. `fused`: rows lie one behind the other, none padded,
-    which is no work for cuDNN's here. Those that take grouped heads do in the card's own 16-bit dtype.
+    which FlashAttention takes; rows of one length go through SDPA, where a Hopper GPU may take cuDNN's, which is faster
+    (model/row_attention.py). Kernels that take grouped heads do in the card's own 16-bit dtype.
 
     Llama 3 shares key and value heads between query heads, and without FlashAttention the memory-efficient kernel
     refuses that: SDPA then takes its math path, whose memory grows with the square of the length.
