@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 from llamanb.data import TrainingData
 from llamanb.data.encode import IGNORE, Encoded, render
 from llamanb.data.formats import SQUAD, UNANSWERABLE, Example
 from llamanb.generate import LONGEST_ANSWER, ROWS_AT_ONCE, batches, generate
 from llamanb.scores import Comparison, RowScore, Scores
 
+LONGEST_PROMPT = 16384
+"""Tokens of a prompt that is still answered: 2 GiB of keys and values with an 8B."""
 POSITIONS_AT_ONCE = 1024
 """Positions whose logits are held at once: 0.5 GiB in fp32 with Llama 3's vocabulary."""
 CONTINUED, CONTINUATION = 3, 64
@@ -105,16 +109,21 @@ def _losses(model, data: TrainingData) -> list[tuple[float, int]]:
 
 def _answers(model, data: TrainingData) -> list[tuple[str, bool | None] | None]:
     """Greedy answers to the held-out prompts, in the rows' order, each with whether it ended by itself. The first rows
-    of plain text are gone on with; where those end says nothing. With streamed weights there is one batch of rows."""
+    of plain text are gone on with; where those end says nothing. With streamed weights there is one batch of rows. A
+    row whose answer begins after `max_length`, or far away, has none."""
     tokenizer, examples = data.tokenizer, data.held_out_examples
     chats = [i for i, example in enumerate(examples) if example.messages]
-    texts = [i for i, example in enumerate(examples) if not example.messages][:CONTINUED]
+    short = [len(row.input_ids) <= 2 * LONGEST_PROMPT for row in data.held_out]
+    texts = [i for i, example in enumerate(examples) if not example.messages and short[i]][:CONTINUED]
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (streamed := getattr(core, "streamed", None)) and len(chats) > ROWS_AT_ONCE:
         why = f"each word of an answer brings {streamed.brings}"
         print(f"answering {ROWS_AT_ONCE} of {len(chats)} held-out rows: {why}", flush=True)
         chats = chats[:ROWS_AT_ONCE]
     prompts = [render(tokenizer, e.messages[: _prompt_length(e)], e.tools, prompt=True) for e in _of(examples, chats)]
+    sizes = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
+    asked = [n < min(len(data.held_out[i].input_ids), LONGEST_PROMPT) for i, n in zip(chats, sizes, strict=True)]
+    chats, prompts = list(itertools.compress(chats, asked)), list(itertools.compress(prompts, asked))
     longest = max((len(tokenizer(text)["input_ids"]) for e in _of(examples, chats) for text in e.references), default=0)
     answers: list[tuple[str, bool | None] | None] = [None] * len(examples)
     for i, found in zip(chats, generate(model, tokenizer, prompts, min(longest + 16, LONGEST_ANSWER)), strict=True):

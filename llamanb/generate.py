@@ -10,8 +10,8 @@ from llamanb.data.encode import end_token_ids, render
 
 ROWS_AT_ONCE = 16
 TOKENS_AT_ONCE = 4096
-"""Of the prompts and what may follow, padded. Rows at once are fewer where they are long, so that this takes no more
-memory than training does: 0.5 GiB of keys and values with an 8B."""
+"""Of the prompts and what may follow, padded. Rows at once are fewer where they are long: 0.5 GiB of keys and values
+with an 8B, and more for a single row that is longer."""
 LONGEST_ANSWER = 256
 """Generated tokens at most, so that a model that never stops does not hold up what waits for it."""
 

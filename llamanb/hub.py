@@ -60,6 +60,13 @@ def is_name(text: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and ".." not in text and not text.startswith(".")
 
 
+def token_of_children() -> dict[str, str]:
+    """The token for processes that this one starts: a secret of Colab's is told to a notebook's own process only."""
+    from huggingface_hub import get_token
+
+    return {"HF_TOKEN": token} if (token := get_token()) else {}
+
+
 def require_network(what: str) -> None:
     """Raises NoNetworkError within seconds where the Hub cannot be reached; a library's own retries take half a
     minute. Honours HF_ENDPOINT, proxies and HF_HUB_OFFLINE (which means: use what was downloaded before)."""
@@ -221,7 +228,7 @@ def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     status = getattr(getattr(first(errors.HfHubHTTPError), "response", None), "status_code", None)
     mirror = f", or use the ungated mirror {MIRRORS[name]!r}" if name in MIRRORS else ""
-    if first(errors.GatedRepoError):
+    if first(errors.GatedRepoError) or (status == 403 and any("gated" in str(e) for e in chain)):
         if get_token() is None:
             return MissingTokenError(
                 f"{kind} {name} is gated, and there is no Hugging Face token",
@@ -230,8 +237,8 @@ def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
             )
         return GatedModelError(
             f"{kind} {name} is gated, and this account may not download it",
-            "the token is valid, but the licence is not accepted yet (or the token may not read gated repositories)",
-            f"accept it at {page}{mirror}",
+            "the token is valid, but the licence is not accepted yet, or the token may not read gated repositories",
+            f"accept it at {page}, with a token of type 'read', or one that may read public gated repositories{mirror}",
         )
     if first(errors.RevisionNotFoundError):
         missing = f"{kind} {name} has no such revision"

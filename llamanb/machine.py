@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 GIB = 2**30
+CGROUP_FILES = [
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+]
+"""What limits a container's memory, what it uses, and what that is: of cgroups version 2 and 1."""
 
 
 def surroundings(environ: Mapping[str, str] = os.environ, proc: str = "/proc") -> tuple[str, ...]:
@@ -21,13 +27,19 @@ def surroundings(environ: Mapping[str, str] = os.environ, proc: str = "/proc") -
 
 
 def host_memory(cgroup: str = "/sys/fs/cgroup") -> tuple[float, float, float]:
-    """(total, available, limit) of host memory in GiB; the limit is a container's, or the total."""
+    """(total, available, limit) of host memory in GiB; the limit is a container's, or the total. What a container holds
+    of files it has read counts as available, as the host's does (docs.kernel.org/admin-guide/cgroup-v2.html)."""
     import psutil
 
     memory = psutil.virtual_memory()
-    limits = [_read(Path(cgroup, name)).strip() for name in ("memory.max", "memory/memory.limit_in_bytes")]
-    limit = min([memory.total, *(int(limit) for limit in limits if limit.isdigit())])
-    return memory.total / GIB, memory.available / GIB, limit / GIB
+    available, limit = memory.available, memory.total
+    for names in CGROUP_FILES:
+        most, used, parts = (_read(Path(cgroup, name)).strip() for name in names)
+        if most.isdigit() and int(most) < memory.total:
+            files = re.search(r"^inactive_file (\d+)", parts, re.MULTILINE)
+            limit = min(limit, int(most))
+            available = min(available, int(most) - int(used or 0) + int(files[1] if files else 0))
+    return memory.total / GIB, available / GIB, limit / GIB
 
 
 def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:

@@ -129,42 +129,33 @@ def search(
 ) -> Plan:
     """`plan` for a GPU and a model whose shape is known; so many layers `streamed`, where the recipe streams none,
     or shared by so many cards (`shards`)."""
-    dtype, why_dtype = card.choose_precision(recipe.precision)
-    length = _length(recipe, data)
-    why_not_fused = _why_not_fused(recipe)
-    attention, kernel, why_attention = _attention(card, dtype, fused=not why_not_fused)
-    optimizer, why_optimizer = _optimizer(recipe, card)
-    base = workload(
-        recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=length, fused=not why_not_fused
-    ).replace(streamed=streamed, shards=shards)
+    base, attention, reasons = _base(recipe, card, model, _length(recipe, data))
+    base = base.replace(streamed=streamed, shards=shards)
     limit = _limit(recipe, card)
     timed = replace(card, tflops=None) if recipe.dora else card  # fp32 in the plan's memory, not in its arithmetic
     best, others = fastest(recipe, timed, base, limit)
     made = Plan(
         recipe=recipe,
         card=card,
-        dtype=dtype,
+        dtype=card.choose_precision(recipe.precision)[0],
         micro_batch_size=best.work.rows,
         accumulation=best.work.accumulation,
         layers=best.work.layers,
         attention=attention,
-        kernel=kernel,
-        optimizer=optimizer,
+        kernel=base.kernel,
+        optimizer=base.optimizer,
         fused=base.fused,
-        reasons={
-            "dtype": why_dtype,
-            "fused": why_not_fused or "the same numbers in fewer kernels, from half of the activations",
+        reasons=reasons
+        | {
             "micro_batch_size": "as asked" if recipe.micro_batch_size else "the fastest divisor of the effective batch",
             "layers": _why_layers(recipe, best, limit)
             + streaming.hint(recipe, timed, best, limit, with_fewest_streamed),
             "weights": streaming.why(best.work, best.time, recipe, timed),
-            "attention": why_attention,
-            "optimizer": why_optimizer,
         },
         memory=best.memory,
         time=best.time,
         alternatives=tuple(_alternative(one, best, limit) for one in others),
-        length=length,
+        length=base.length,
         streamed=spread(best.work.streamed, model.layers),
         shards=shards,
         **streaming.where_they_wait(best.work, card),
@@ -181,15 +172,21 @@ def search(
 
 def smallest_fits(recipe: Recipe, card: Card, model: Architecture, gaps: float = GAPS_GUESS) -> bool:
     """Whether the smallest layout fits; a quick answer, with gaps as a share of the rest. With none a no is sure."""
-    dtype, _ = card.choose_precision(recipe.precision)
-    fused = not _why_not_fused(recipe)
-    _, kernel, _ = _attention(card, dtype, fused=fused)
-    optimizer, _ = _optimizer(recipe, card)
-    base = workload(
-        recipe, card, model, dtype=dtype, kernel=kernel, optimizer=optimizer, length=recipe.max_length, fused=fused
-    )
+    base, *_ = _base(recipe, card, model, recipe.max_length)
     least = smallest(recipe, base, card, streaming.rooms(recipe, base, card)[-1])
     return outline(least).allocated * (1 + gaps) <= _limit(recipe, card)
+
+
+def _base(recipe: Recipe, card: Card, model: Architecture, length: int) -> tuple[Workload, str, dict[str, str]]:
+    """What is computed, its layout left open; transformers' name of the attention; and why, by field of the plan."""
+    dtype, why_dtype = card.choose_precision(recipe.precision)
+    why_not_fused = _why_not_fused(recipe)
+    attention, kernel, why_attention = _attention(card, dtype, fused=not why_not_fused)
+    optimizer, why_optimizer = _optimizer(recipe, card)
+    chosen = {"dtype": dtype, "kernel": kernel, "optimizer": optimizer, "fused": not why_not_fused}
+    reasons = {"dtype": why_dtype, "attention": why_attention, "optimizer": why_optimizer}
+    reasons["fused"] = why_not_fused or "the same numbers in fewer kernels, from half of the activations"
+    return workload(recipe, card, model, length=length, **chosen), attention, reasons
 
 
 def _limit(recipe: Recipe, card: Card) -> float:

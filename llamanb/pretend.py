@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -90,15 +90,6 @@ def pretend(name: str, *, ballast: bool = False, torch: Any = None, driver: Any 
 def release() -> None:
     """Gives this process its whole GPU back. Harmless where nothing was pretended."""
     _undo.close()
-
-
-@contextlib.contextmanager
-def pretending(name: str, **options: Any) -> Iterator[Card]:
-    """`pretend` for the length of a with-block."""
-    try:
-        yield pretend(name, **options)
-    finally:
-        release()
 
 
 def _take(size: int, driver: Any) -> Callable[[], None]:

@@ -133,7 +133,7 @@ class Recipe:
     """How the learning rate falls after the warmup."""
 
     warmup: float = 0.03
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps over which the learning rate rises; the schedule `constant` has none."""
 
     weight_decay: float = 0.0
     """AdamW's weight decay."""
@@ -321,7 +321,7 @@ def _check_text(name: str, value: object) -> None:
             f"{name} is a name or a path, in printable characters",
             f"{name} = {Recipe.__dataclass_fields__[name].default!r} is the default",
         )
-    if re.search(r"\bhf_\w{20}|://[^/]*@", value):  # not said again: an error stands in notebooks and logs
+    if re.search(r"\bhf_[A-Za-z0-9]{20}|://[^/]*@", value):  # not said again: an error stands in notebooks and logs
         why = "a recipe is written into notebooks, reports and model cards"
         raise RecipeError(f"{name} holds a token or a password", why, "set HF_TOKEN; download what needs a password")
 

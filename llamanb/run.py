@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -20,6 +21,8 @@ from llamanb.scores import Comparison
 from llamanb.timeline import Timeline, replace_text
 
 RUNNING, FINISHED, INTERRUPTED = "running", "finished", "interrupted"
+NAME = "name.json"
+"""File that says for which name a run's folder was made."""
 FILES = {
     "adapter": "what was trained, with tokenizer and model card",
     "model": "what was trained, with tokenizer and model card",
@@ -160,12 +163,11 @@ def new_folder(runs: Path, name: str) -> Path:
     number = max(numbered(runs, name), default=0) + 1
     while True:
         folder = runs / (name if number == 1 else f"{name}-{number}")
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
+            replace_text(folder / NAME, json.dumps(name))
             return folder.resolve()
+        number += 1
 
 
 def newest_folder(runs: Path, name: str) -> Path | None:
@@ -185,9 +187,19 @@ def numbered(runs: Path, name: str) -> dict[int, Path]:
     found = {}
     for path in runs.glob(f"{name}*"):
         match = re.fullmatch(r"(?:-([2-9]|[1-9]\d{1,9}))?", path.name.removeprefix(name))
-        if match and path.is_dir() and not path.is_symlink():
+        if match and path.is_dir() and not path.is_symlink() and _name_of(path) in (name, None):
             found[int(match[1] or 1)] = path
     return found
+
+
+def _name_of(folder: Path) -> str | None:
+    """The name that a run's folder was made for: `exp-2` may be the second one of `exp`. None where nobody noted it, or
+    the folder was renamed since."""
+    try:
+        noted = str(json.loads((folder / NAME).read_text(encoding="utf-8")))
+    except UNREADABLE:
+        return None
+    return noted if re.fullmatch(rf"{re.escape(noted)}(-\d+)?", folder.name) else None
 
 
 def _scores(path: Path) -> Comparison | None:

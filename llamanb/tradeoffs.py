@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamanb import __version__
+from llamanb import __version__, hub
 from llamanb.architecture import architecture
 from llamanb.card import gpu_in_use
 from llamanb.claims import BASELINE, CLAIMS, HALF, MUCH, NOISE, NOT_FUSED, PADDED, UNPADDED, mib
@@ -286,7 +286,7 @@ def _run(name: str, variant: Variant, runs: Path, device: str) -> Row:
     if device == "CPU" and variant.needs_gpu:
         return Row(variant, failed=NEEDS_GPU)
     env = {name: value for name, value in os.environ.items() if name != "PYTORCH_CUDA_ALLOC_CONF"}
-    env["PYTORCH_ALLOC_CONF"] = f"expandable_segments:{variant.segments}"
+    env |= hub.token_of_children() | {"PYTORCH_ALLOC_CONF": f"expandable_segments:{variant.segments}"}
     folder = f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{_key(variant, device)}"
     command = [sys.executable, "-m", "llamanb.tradeoffs", json.dumps(dataclasses.asdict(variant)), str(runs), folder]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

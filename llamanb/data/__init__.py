@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamanb import hub, tiny
 from llamanb.data.encode import Encoded, Encoder, TooLong, load_tokenizer
@@ -86,7 +86,7 @@ def load_data(recipe: Recipe) -> TrainingData:
         except TooLong as error:
             longest = max(longest, error.tokens)
             if recipe.long_rows == "truncate" and error.truncated:
-                encoded.append((number, example, error.truncated))
+                encoded.append((number, replace(example, text=error.text), error.truncated))
             else:
                 too_long.append(error.at(example.place))
         except BadRow as error:

@@ -27,6 +27,7 @@ LLAMA3_TEMPLATE = (
 )
 """Llama 3's chat format (Meta's model card), for base models, which bring no template."""
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|reserved_special_token_250|>", "<pad>")
+SURROGATE = re.compile("[\ud800-\udfff]")
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>", "<|im_end|>")
 
 
@@ -120,6 +121,8 @@ class Encoder:
             spans = [(len(self.bos), len(text))]
         else:
             text, spans = self._rendered(example)
+        if SURROGATE.search(text):
+            raise BadRow(example.column, "holds half of a character (a surrogate without the other), which is no text")
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = tokens["input_ids"]
         if self.everything:
@@ -132,7 +135,8 @@ class Encoder:
         if not encoded.trained_tokens:
             raise BadRow(example.column, "has no token to learn from")
         if len(ids) > self.max_length:
-            raise TooLong(example.column, encoded, self.max_length)
+            end = tokens["offset_mapping"][self.max_length - 1][1] if example.text else 0
+            raise TooLong(example.column, encoded, self.max_length, example.text and text[len(self.bos) : end])
         return encoded
 
     def _rendered(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
@@ -148,7 +152,7 @@ class Encoder:
                 why = "the chat template leaves the tools out: this checkpoint was not made to call any"
                 raise BadRow("tools", why)
             spans = []
-            for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            for i in (i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0):
                 before = render(self.tokenizer, messages[:i], tools, prompt=True)
                 after = render(self.tokenizer, messages[: i + 1], tools)
                 if not (after.startswith(before) and text.startswith(after)):
@@ -165,11 +169,12 @@ class Encoder:
 
 
 class TooLong(BadRow):
-    """A row of more than `max_length` tokens; `truncated` is what fits of it, if any of that is trained."""
+    """A row of more than `max_length` tokens; `truncated` is what fits of it, if any of that is trained, and `text` the
+    same in words, of plain text."""
 
-    def __init__(self, column: str, encoded: Encoded, max_length: int):
+    def __init__(self, column: str, encoded: Encoded, max_length: int, text: str | None = None):
         super().__init__(column, f"{len(encoded.input_ids)} tokens, over max_length = {max_length}")
-        self.tokens = len(encoded.input_ids)
+        self.tokens, self.text = len(encoded.input_ids), text
         cut = Encoded(encoded.input_ids[:max_length], encoded.labels[:max_length])
         self.truncated = cut if cut.trained_tokens else None
 

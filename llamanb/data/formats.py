@@ -126,7 +126,7 @@ def _squad(row: Row) -> list[Example]:
 
 
 def _prompt_completion(row: Row) -> list[Example]:
-    if isinstance(row.values["prompt"], list) and isinstance(row.values["completion"], list):
+    if isinstance(row.values.get("prompt"), list) and isinstance(row.values.get("completion"), list):
         turns = _list(row, "prompt") + _list(row, "completion")
         return _conversation(row, "completion", turns, "role", "content")
     return _pair(row, "completion", _text(row, "prompt"), _text(row, "completion"))
@@ -179,18 +179,19 @@ def _message(turn: object, number: int, column: str, role_key: str, content_key:
     if role is None:
         raise BadRow(column, f"turn {number} has {role_key!r} = {turn.get(role_key)!r}; known: {', '.join(_ROLES)}")
     content, calls = turn.get(content_key), turn.get("tool_calls")
+    kept = {"role": role} | ({"weight": 0} if turn.get("weight") == 0 else {})  # chat services: not to be learned
     if isinstance(content, list):  # parts, as chat services write them
         if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
             raise BadRow(column, f"turn {number} has parts that are not text; images and sound are not trained on")
         content = "".join(part["text"] for part in content)
     if calls:
-        return {"role": role, "content": content or "", "tool_calls": _calls(calls, f"turn {number}", column)}
+        return {**kept, "content": content or "", "tool_calls": _calls(calls, f"turn {number}", column)}
     if not isinstance(content, str):
         kind = "null or missing" if content is None else f"a {type(content).__name__}, not text"
         raise BadRow(column, f"turn {number} ({role}): {content_key!r} is {kind}")
     if not content.strip() and role == "assistant":
         raise BadRow(column, f"turn {number} (assistant) is empty: there is nothing to learn from")
-    return {"role": role, "content": content}
+    return {**kept, "content": content}
 
 
 def _calls(calls: object, turn: str, column: str) -> list[dict]:

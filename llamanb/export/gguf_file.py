@@ -76,6 +76,10 @@ def to_gguf(folder: str | Path, to: str | Path | None = None, *, kind: str = "f1
     if shape.quantization:
         raise ModelError(f"{folder} is stored in {shape.quantization}", "GGUF is made from 16 bits", "merge it first")
     target = Path(to).expanduser().absolute() if to else folder.parent / f"{folder.name}-{kind}.gguf"
+    if target.suffix != ".gguf" or target.is_dir():
+        raise RecipeError(
+            f"to = {str(to)!r}", "it is the file to write, and its name ends in .gguf", "to = 'NAME.gguf'"
+        )
     tokenizer = load_tokenizer(folder)
     vocabulary = _vocabulary(folder, shape.vocabulary)
     made = list(_tensors(stored.tensors(folder), shape, config, kind))

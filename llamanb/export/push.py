@@ -41,6 +41,11 @@ from llamanb.run import FINISHED, INTERRUPTED, Run
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WEIGHTS = re.compile(r"(adapter_model|model(-\d{5}-of-\d{5})?)\.safetensors")
+BESIDE = {
+    "start": "without the adapters to start from, these weights are not the model that they were made of",
+    "adapter": "what a recovery learned lies there; merge() puts it into the weights",
+}
+"""Folders that may lie in a checkpoint's, and what is missing without them."""
 _ADAPTER, _MODEL, _GGUF = "adapter", "merged or whole model", "GGUF"
 
 
@@ -179,6 +184,7 @@ def _weights(folder: Path, run: Run | None) -> _Found:
     origin = Origin.find(base, "main", noted(folder.parent))
     if is_adapter and not origin.on_the_hub and base != "tiny":
         remarks.append(f"its base, {base}, is on this machine alone: others cannot load the adapter without it")
+    remarks += [f"{folder / name} is not sent: {why}" for name, why in BESIDE.items() if (folder / name).is_dir()]
     if run is not None and run.status != FINISHED:
         remarks.append(f"its training did not come to its end: {run.status}")
     return _Found(_ADAPTER if is_adapter else _MODEL, files, remarks, base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -52,8 +52,9 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None, streams
         if plan.streamed:
             model = piecewise_model(plan, config, folder, streams)
         else:
-            model = LlamaForCausalLM.from_pretrained(
+            model, told = LlamaForCausalLM.from_pretrained(
                 folder,
+                output_loading_info=True,
                 config=config,
                 state_dict=_random_state(plan, config) if shape else None,
                 dtype=weights_dtype(plan),  # never "auto": Llama's checkpoints say bf16, which a T4 only emulates
@@ -68,7 +69,16 @@ def load_model(plan: Plan, tokenizer, shape: Architecture | None = None, streams
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _explain(error, recipe.model) from error
+    if not plan.streamed:
+        require_all(told["missing_keys"])  # which transformers makes up, and trains
     return prepared(model, plan, tokenizer)
+
+
+def require_all(missing: Iterable[str]) -> None:
+    """Raises ModelError where weights are missing."""
+    if names := sorted(missing):
+        why = f"{names[0]} is not among its weights" + (f", nor {len(names) - 1} others" if names[1:] else "")
+        raise ModelError("the weights are not complete", why, "fetch the checkpoint again")
 
 
 def prepared(model: LlamaForCausalLM, plan: Plan, tokenizer) -> LlamaForCausalLM:

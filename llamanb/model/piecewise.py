@@ -22,6 +22,7 @@ from llamanb import disk
 from llamanb.errors import ModelError
 from llamanb.layout import Plan
 from llamanb.model.homes import DiskLayer
+from llamanb.model.load import require_all
 from llamanb.model.quantized import QuantizedLayers, now_and_then
 from llamanb.model.streamed import HostEmbedding, StreamedLayers
 from llamanb.model.weight_files import Span, WeightFile
@@ -120,9 +121,7 @@ def load_piecewise(
     decoder = model.get_decoder()
     decoder.rotary_emb = LlamaRotaryEmbedding(config).to(device)  # what it computes is stored nowhere
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := sorted({name for name, _ in model.named_parameters()} - tied - stored):
-        why = f"{missing[0]} is not among its weights" + (f", nor {len(missing) - 1} others" if missing[1:] else "")
-        raise ModelError("the weights are not complete", why, "fetch the checkpoint again")
+    require_all({name for name, _ in model.named_parameters()} - tied - stored)
     for name in [name for name, _ in model.named_parameters()]:  # first what is large when it is cast
         if name == "model.embed_tokens.weight" and streamed and not tied:
             decoder.embed_tokens = HostEmbedding(read(name).to(dtype), device)

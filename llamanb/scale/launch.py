@@ -12,13 +12,15 @@ import tempfile
 import threading
 from pathlib import Path
 
+from llamanb import hub
 from llamanb.errors import LlamanbError, RecipeError
 from llamanb.recipe import Recipe
 from llamanb.run import Run, newest_folder
 from llamanb.scale.launched import ENDED
 
-ENDS_S = 60.0
-"""For the ranks to end by themselves after an interrupt."""
+ENDS_S = 600.0
+"""For the ranks to end by themselves after an interrupt: the step at hand, a checkpoint, scores. Another one ends them
+at once."""
 TAIL = 200
 """Last lines that are kept, to find in them what failed."""
 FIX = "mend that, and run this again: it goes on from the newest checkpoint"
@@ -87,8 +89,9 @@ def _why(said: list[str]) -> str:
 def _shown(command: list[str], cards: int, cpu: bool) -> tuple[int, list[str]]:
     """Runs it, printing what it prints; an interrupt is passed on once, and it may end by itself."""
     said: list[str] = []
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cards))}  # torchrun would take one
-    environment = threads | os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
+    usual = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cards))}  # torchrun would take one
+    usual |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{ENDS_S:g}"}  # after which it kills the ranks; else 30
+    environment = usual | hub.token_of_children() | os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
 

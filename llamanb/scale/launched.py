@@ -34,6 +34,8 @@ def launched() -> tuple[int, int]:
         raise GpuError("one process was launched where several were asked for", why, fix)
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
+        for name in LAUNCHER:  # or the Trainer would wrap the model all the same
+            os.environ.pop(name, None)
         return 0, 1
     local, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get(VISIBLE)
     os.environ[VISIBLE] = str(local) if visible is None else "".join(visible.split(",")[local : local + 1])

@@ -122,7 +122,6 @@ def _watched(plan: Plan, data, folder: Path, checkpoint, progress: Progress, rep
     replace_text(folder / "recipe.json", plan.recipe.to_json())
     replace_text(folder / "plan.json", plan.to_json())
     if checkpoint:
-        (folder / "scores.json").unlink(missing_ok=True)  # of an adapter that is no longer the last
         Run(folder, plan, Timeline("nothing yet")).save_facts()
     else:
         Run(folder, plan, Timeline("nothing yet")).save()
@@ -252,6 +251,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
                 print(f"{status}, at step {saves.step}: run this again to go on from there", flush=True)
     scene.run = scene.run.replace(train_s=train_s, buckets_gib=scene.buckets_gib)
     instants.begins("save")  # before anything else can fail
+    (folder / "scores.json").unlink(missing_ok=True)  # of an adapter that is no longer the last
     saved = save_model(model, data.tokenizer, scene.plan, folder)
     scene.run.save()
 

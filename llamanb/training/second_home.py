@@ -96,10 +96,18 @@ def bring_back(home: Path, plan: Plan, runs: Path, name: str, resume: bool | Non
             there = newest_folder(home, name)
             if there and pick_up(plan, home, name, resume, held):
                 print(f"fetching {there}", flush=True)
-                copy_run(there, new_folder(runs, name))
+                _fetch(there, runs, name)
     except OSError as error:
         fix = "make it readable (is the drive mounted?), or resume=False to begin without what is there"
         raise LlamanbError(f"the second home {home} cannot be read", first_line(error), fix) from None
+
+
+def _fetch(there: Path, runs: Path, name: str) -> None:
+    try:
+        copy_run(there, new_folder(runs, name))
+    except OSError as error:
+        fix = f"free some room for {runs.absolute()}, or see whether the drive is still mounted; what is there is safe"
+        raise LlamanbError(f"{there} cannot be fetched", first_line(error), fix) from None
 
 
 def copy_run(source: Path, target: Path) -> None:

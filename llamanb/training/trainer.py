@@ -17,6 +17,7 @@ from trl import SFTConfig
 from llamanb.data import TrainingData
 from llamanb.data.encode import Encoded
 from llamanb.layout import Plan
+from llamanb.planner import steps_of
 from llamanb.ranks import ALONE, Ranks
 from llamanb.training.checkpoints import ASIDE
 from llamanb.training.interrupts import set_handler
@@ -50,7 +51,7 @@ def build_trainer(
         **length,
         learning_rate=recipe.highest_learning_rate,
         lr_scheduler_type=recipe.schedule,
-        warmup_steps=recipe.warmup,  # below 1 a share of all steps
+        warmup_steps=recipe.warmup if steps_of(recipe, data) > 1 else 0,  # a share; the first step's rate is 0 then
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         optim=OPTIMIZERS.get(plan.optimizer, plan.optimizer),

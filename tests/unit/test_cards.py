@@ -1,5 +1,6 @@
 """The table of known cards, measurements that are kept, and cards that are pretended."""
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -351,13 +352,21 @@ def test_an_h200_as_a_t4_and_back():
     pretend.release()
 
 
+@contextlib.contextmanager
+def pretending(name, **options):
+    try:
+        yield pretend.pretend(name, **options)
+    finally:
+        pretend.release()
+
+
 def test_switches_come_back_as_they_were():
     torch = h200()
     torch.switches["cudnn"] = False
-    with pretend.pretending("RTX 3060", torch=torch) as card:
+    with pretending("RTX 3060", torch=torch) as card:
         assert torch.switches["flash"]
         assert card.dtype == "bf16"
-    with pretend.pretending("T4", torch=torch):
+    with pretending("T4", torch=torch):
         assert not torch.switches["flash"]
     assert torch.switches == {"flash": True, "cudnn": False, "mem_efficient": True, "math": True}
 
@@ -372,7 +381,7 @@ def test_one_pretended_card_at_a_time():
 
 def test_ballast_leaves_the_driver_what_the_small_card_would_have():
     torch, driver = h200(free=142000, reserved=500), FakeDriver()
-    with pretend.pretending("T4", torch=torch, driver=driver, ballast=True):
+    with pretending("T4", torch=torch, driver=driver, ballast=True):
         left = 142500 / 1024 - driver.held / 2**30
         assert left == pytest.approx(14.40 + KERNELS_LATER_GIB)
     assert driver.held == 0

@@ -110,6 +110,31 @@ def test_long_rows_skipped_or_cut_where_asked(tmp_path, recipe):
     assert cut.skipped == []
 
 
+def test_of_plain_text_that_is_cut_the_words_that_are_left_are_held_out(tmp_path, recipe):
+    path = write(tmp_path, [{"text": f"{i} " + "word " * 500} for i in range(10)])
+    data = load_data(recipe(path, long_rows="truncate", eval_rows=2))
+    assert len(data.held_out) == 2
+    for row, example in zip(data.held_out, data.held_out_examples, strict=True):
+        assert data.tokenizer.decode(row.input_ids, skip_special_tokens=True) == example.text
+
+
+@pytest.mark.parametrize("row", [{"text": "half \ud83d"}, {"prompt": "\ud83d?", "completion": "b"}])
+def test_half_a_character_is_a_bad_row(row, tmp_path, recipe):
+    rows = [dict.fromkeys(row, f"{i}") for i in range(8)]
+    path = write(tmp_path, [*rows, row])
+    with pytest.raises(DataError, match=r"row 9, column '.*': holds half of a character"):
+        load_data(recipe(path))
+    assert len(load_data(recipe(path, bad_rows="skip")).skipped) == 1
+
+
+@pytest.mark.parametrize("row", [{"completion": "b"}, {"prompt": "a"}, {"text": "c"}])
+def test_a_row_that_lacks_prompt_or_completion_is_a_bad_row(row, tmp_path, recipe):
+    path = write(tmp_path, [*({"prompt": f"{i}", "completion": "b"} for i in range(8)), row])
+    with pytest.raises(DataError, match=r"row 9, column '(prompt|completion)'"):
+        load_data(recipe(path))
+    assert len(load_data(recipe(path, bad_rows="skip")).skipped) == 1
+
+
 def test_all_rows_bad_is_one_error_even_where_they_are_skipped(tmp_path, recipe):
     with pytest.raises(DataError, match="4 rows cannot be trained on"):
         load_data(recipe(write(tmp_path, [{"instruction": f"{i}", "output": ""} for i in range(4)]), bad_rows="skip"))

@@ -3,8 +3,8 @@
 import pytest
 
 from llamanb.data.encode import IGNORE, LLAMA3_TEMPLATE, Encoder, TooLong, end_token_ids, load_tokenizer, render
-from llamanb.data.formats import Example
-from llamanb.data.read import BadRow
+from llamanb.data.formats import Example, detect
+from llamanb.data.read import BadRow, Row
 from llamanb.errors import ModelError
 from tests.checkpoints import byte_tokenizer, real_tokenizer
 
@@ -50,6 +50,18 @@ def test_every_answer_of_a_long_conversation_is_trained_to_its_end(templated):
     rows += [turn("user", "Why?"), turn("assistant", "Because.")]
     encoded = Encoder(templated, 10_000).encode(example(*rows))
     assert trained(templated, encoded) == [f"Hi!{EOT}", f"Because.{EOT}"]
+
+
+def test_a_turn_of_weight_0_is_not_trained(templated):
+    """As chat services have it."""
+    turns = [turn("user", "Hello"), turn("assistant", "Hm.", weight=0), turn("user", "?"), turn("assistant", "Hi!")]
+    (made,) = detect([Row("row 1", {"messages": turns})], "file").convert(Row("row 1", {"messages": turns}))
+    encoded = Encoder(templated, 10_000).encode(made)
+    assert trained(templated, encoded) == [f"Hi!{EOT}"]
+    assert "Hm." in templated.decode(encoded.input_ids)
+    alone = example(turn("user", "Hello"), turn("assistant", "Hm.", weight=0))
+    with pytest.raises(BadRow, match="no token to learn from"):
+        Encoder(templated, 10_000).encode(alone)
 
 
 def test_labels_are_the_tokens_themselves(templated):

@@ -5,7 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamanb.data.packing import Packing, pack
+from llamanb.data.packing import pack
+from llamanb.data.padding import Packing
 
 
 def test_a_case_by_hand():

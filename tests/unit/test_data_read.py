@@ -128,3 +128,19 @@ def test_address_is_read(tmp_path):
             read_rows(f"http://127.0.0.1:{server.server_port}/other.jsonl")
     finally:
         server.shutdown()
+
+
+def test_a_parquet_file_gives_no_object_what_another_one_has(tmp_path):
+    """Arrow's objects have the fields of all."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def row(name, **arguments):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}], "id": None}
+
+    rows = [row("weather", city="Oslo"), row("free", day="Friday", hours=[{"at": 9}, {"to": 10}])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "calls.parquet")
+    read, bad = read_rows(str(tmp_path / "calls.parquet"))
+    assert bad == []
+    assert [one.values for one in read] == rows, "a column that is null is still there"

@@ -1,6 +1,7 @@
 """Answers: in batches, up to the end of the turn, the same with and without others beside them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,3 +133,32 @@ def test_squad_rows_are_scored_as_squad_does(tmp_path, base, monkeypatch):
     right = [wanted[example.references[0]] for example in data.held_out_examples]
     assert [(row.exact, pytest.approx(row.f1)) for row in found.rows] == right
     assert "F1" in str(compare(found, found, data))
+
+
+def test_a_row_whose_answer_begins_after_max_length_is_not_answered(base, tmp_path, monkeypatch):
+    """Nor one with a prompt that takes more memory than a training; its loss is scored."""
+    model, _ = base
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    long = [*turns, {"role": "user", "content": "x " * 300}, {"role": "assistant", "content": "Yes"}]
+    rows = [{"messages": long}, *({"messages": [{"role": "user", "content": f"{i}?"}, turns[1]]} for i in range(9))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe(
+        model="tiny", dataset=str(tmp_path / "rows.jsonl"), max_length=64, long_rows="truncate", eval_rows=9
+    )
+    data = load_data(recipe)
+    every = replace(data, held_out=data.train + data.held_out, held_out_examples=_examples_of(recipe, data))
+    scores = evaluate(model, every)
+    asked = [len(example.messages) == 2 for example in every.held_out_examples]
+    assert asked.count(False) == 1
+    assert [row.exact is not None for row in scores.rows] == asked
+    assert all(row.nats > 0 for row in scores.rows)
+    monkeypatch.setattr("llamanb.evaluate.LONGEST_PROMPT", 5)
+    assert [row.exact for row in evaluate(model, every).rows] == [None] * 10
+
+
+def _examples_of(recipe, data):
+    """Examples of the rows to train on, and of those held out."""
+    from llamanb.data import _examples
+
+    held = {example.place for example in data.held_out_examples}
+    return [one for one in _examples(recipe)[0] if one.place not in held] + data.held_out_examples

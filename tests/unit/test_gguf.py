@@ -305,3 +305,15 @@ def test_the_tiny_checkpoint_itself(tmp_path):
     path = to_gguf(CHECKPOINT, tmp_path / "tiny.gguf")
     there = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float16).float()
     assert torch.equal(logits(loaded(path)), logits(there))
+
+
+@pytest.mark.parametrize("to", ["there", "Llama-3.2", "model.bin"])
+def test_a_file_that_is_no_gguf_is_refused_before_anything_is_written(tmp_path, to):
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RecipeError, match=r"its name ends in \.gguf"):
+        to_gguf(CHECKPOINT, tmp_path / to)
+    (tmp_path / "a.gguf").mkdir()
+    with pytest.raises(RecipeError, match="it is the file to write"):
+        to_gguf(CHECKPOINT, tmp_path / "a.gguf")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "a.gguf"])

@@ -19,6 +19,8 @@ ROWS = b'{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"
 ANSWERS = {  # repository: (status, X-Error-Code, X-Error-Message)
     "meta-llama/Llama-3.2-1B": (403, "GatedRepo", "Access to model is restricted"),
     "meta-llama/no-token": (401, "GatedRepo", "Access to model is restricted"),
+    "meta-llama/Llama-3.2-3B": (403, "", "Please enable access to public gated repositories in your token's settings"),
+    "owner/proxy": (403, "", "Forbidden"),
     "owner/misspelled": (401, "RepoNotFound", "Repository not found"),
     "owner/wrong-token": (401, "", "Invalid credentials in Authorization header"),
     "owner/no-revision": (404, "RevisionNotFound", "Invalid rev id"),
@@ -107,6 +109,8 @@ except LlamanbError as error:
         ("meta-llama/Llama-3.2-1B", "hf_valid", "GatedModelError", "accept it at https://huggingface.co/meta-llama"),
         ("meta-llama/Llama-3.2-1B", "hf_valid", "GatedModelError", "mirror 'unsloth/Llama-3.2-1B'"),
         ("meta-llama/no-token", "", "MissingTokenError", "Colab secret HF_TOKEN"),
+        ("meta-llama/Llama-3.2-3B", "hf_narrow", "GatedModelError", "one that may read public gated repositories"),
+        ("owner/proxy", "hf_valid", "NoNetworkError", "try again"),
         ("owner/misspelled", "", "ModelNotFoundError", "check the name"),
         ("owner/wrong-token", "hf_wrong", "WrongTokenError", "settings/tokens"),
         ("owner/no-revision", "", "ModelNotFoundError", "tree/main"),
@@ -210,3 +214,10 @@ def test_a_folder_that_is_no_llama(tmp_path, config, told):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ModelError, match=told):
         hub.checkpoint_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("token", ["hf_secret", None])
+def test_processes_get_the_token_that_this_one_has(token, monkeypatch):
+    """Colab tells a secret to the notebook's own process only."""
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    assert hub.token_of_children() == ({"HF_TOKEN": token} if token else {})

@@ -170,6 +170,7 @@ EXTRAS = {
     "ui.chat_form",
     "tiny.make",
     "setup.environment",
+    "data.padding",
 }
 
 

@@ -69,3 +69,24 @@ def test_room_of_a_drive_that_went_away(tmp_path, monkeypatch):
 
     monkeypatch.setattr(machine.shutil, "disk_usage", unplugged)
     assert machine.room(tmp_path) == f"not known: Transport endpoint is not connected ({tmp_path})"
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat"),
+    [
+        ("memory.max", "memory.current", "anon 1\ninactive_file {}\nactive_file 5\n"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "cache 9\ninactive_file {}\ntotal_cache 9\n"),
+    ],
+)
+def test_what_a_container_uses_is_not_available_but_for_files_it_has_read(limit, used, stat, tmp_path, monkeypatch):
+    memory = SimpleNamespace(total=512 * 2**30, available=400 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text(f"{64 * 2**30}\n")
+    assert machine.host_memory(str(tmp_path)) == (512, 64, 64)
+    (tmp_path / used).write_text(f"{50 * 2**30}\n")
+    assert machine.host_memory(str(tmp_path)) == (512, 14, 64)
+    (tmp_path / used).with_name("memory.stat").write_text(stat.format(10 * 2**30))
+    assert machine.host_memory(str(tmp_path)) == (512, 24, 64)
+    memory.available = 3 * 2**30
+    assert machine.host_memory(str(tmp_path)) == (512, 3, 64), "the host has less"

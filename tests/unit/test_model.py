@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llamanb import Card, Recipe, plan
 from llamanb.data.encode import load_tokenizer
@@ -14,6 +14,7 @@ from llamanb.model import attach_adapters, attention, load_model, save_model, wr
 from llamanb.model.elementwise import dequantize
 from llamanb.model.layers import lay_out
 from llamanb.tape import CHECKPOINTED, OFFLOADED, STORED
+from llamanb.tiny import CHECKPOINT
 
 CPU = Card("CPU", None)
 
@@ -225,6 +226,19 @@ def test_missing_and_truncated_weights_are_named(mini, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((mini / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ModelError, match="cannot be loaded"):
         base_of(tmp_path, mini)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora-nf4", "full"])
+def test_a_weight_that_is_not_there_is_not_made_up(tmp_path, method):
+    for file in CHECKPOINT.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    recipe, tokenizer = Recipe(model=str(tmp_path), method=method, max_length=128), load_tokenizer(CHECKPOINT)
+    load_model(plan(recipe, CPU), tokenizer)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.up_proj\.weight is not among"):
+        load_model(plan(recipe, CPU), tokenizer)
 
 
 def base_of(folder, mini):

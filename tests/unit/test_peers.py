@@ -23,7 +23,7 @@ from llamanb.planner import workload_of
 from llamanb.ranks import ALONE
 from llamanb.scale import lead, peers
 from llamanb.scale.launch import _why
-from llamanb.scale.launched import launched
+from llamanb.scale.launched import LAUNCHER, launched
 from llamanb.scale.lead import require_even
 from llamanb.scale.peers import Peers, RankEnded, _buckets, require_own_gpus
 from llamanb.scale.sharded import Sharing
@@ -358,3 +358,11 @@ def test_what_cards_share_takes_a_part_of_each_layer_and_two_whole_ones():
     layer = streamed_bytes(work)
     assert of[2] - of[1] == pytest.approx(32 * layer / 2, rel=0.01)
     assert of[4] - of[1] == pytest.approx(32 * layer / 4, rel=0.01)
+
+
+def test_one_process_that_a_launcher_started_is_alone(monkeypatch):
+    """With the launcher's variables the Trainer would wrap the model, for others that are not there."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == (0, 1)
+    assert not set(LAUNCHER) & os.environ.keys()

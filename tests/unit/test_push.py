@@ -170,6 +170,18 @@ def test_a_gguf_and_back(made, hub, tmp_path):
     assert torch.equal(logits(there), logits(here))
 
 
+@pytest.mark.parametrize("name", ["start", "adapter"])
+def test_what_lies_beside_weights_that_are_not_the_same_without_it_is_remarked(run, name):
+    merged = run / "merged"
+    before = push(merged, REPO)
+    (merged / name).mkdir()
+    shown = push(merged, REPO)
+    assert shown.files.keys() == before.files.keys()
+    (remark,) = set(shown.remarks) - set(before.remarks)
+    assert str(merged / name) in remark
+    assert "is not sent" in remark
+
+
 def test_a_gguf_without_a_modelfile_or_a_card(made, hub, tmp_path):
     shutil.copy(made[0] / "run" / "merged-f16.gguf", tmp_path / "Llama-3.2-x.gguf")
     shown = push(tmp_path, REPO)

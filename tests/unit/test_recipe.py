@@ -122,3 +122,10 @@ def test_alpha_follows_the_rank():
 
 def test_flat_literals_only():
     json.dumps(dataclasses.asdict(Recipe()))  # what papermill can inject
+
+
+@pytest.mark.parametrize("name", ["./hf_llama_3_8b_instruct_merged", "owner/hf_llama3_8b_instruct_converted"])
+def test_a_name_that_begins_like_a_token_is_a_name(name):
+    assert Recipe(model=name).model == name
+    with pytest.raises(RecipeError, match="holds a token"):
+        Recipe(model="owner/hf_" + "a1" * 17)

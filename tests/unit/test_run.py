@@ -11,7 +11,7 @@ from llamanb import Card, Recipe, load_data, plan, show_run, train
 from llamanb.errors import RecipeError
 from llamanb.model import load_model
 from llamanb.report import write_report
-from llamanb.run import FINISHED, RUNNING, Run, new_folder
+from llamanb.run import FINISHED, RUNNING, Run, new_folder, newest_folder
 from llamanb.timeline import Timeline
 from llamanb.watch.live import LiveView
 from tests.unit.fake_run import run_on_a_t4
@@ -315,6 +315,20 @@ def test_a_run_stays_in_its_folder(tmp_path, name):
     with pytest.raises(RecipeError, match="cannot be named"):
         new_folder(tmp_path, name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_ends_like_a_number_is_a_name_of_its_own(tmp_path):
+    made = [new_folder(tmp_path, name).name for name in ("exp", "exp-2", "exp", "exp-2", "exp-2-2", "exp")]
+    assert made == ["exp", "exp-2", "exp-3", "exp-2-2", "exp-2-2-2", "exp-4"]
+    assert [newest_folder(tmp_path, name).name for name in ("exp", "exp-2", "exp-2-2")] == [
+        "exp-4",
+        "exp-2-2",
+        "exp-2-2-2",
+    ]
+    (tmp_path / "exp-5").mkdir()  # nobody noted for whom
+    assert newest_folder(tmp_path, "exp").name == "exp-5"
+    (tmp_path / "exp-4").rename(tmp_path / "renamed")
+    assert newest_folder(tmp_path, "renamed").name == "renamed"
 
 
 def test_a_run_never_writes_over_another(recipe, tmp_path):

@@ -325,6 +325,14 @@ def test_a_home_that_is_not_there_is_an_error_where_there_may_be_work_in_it(reci
     assert list(tmp_path.iterdir()) == [], "no folder in the way of mounting"
 
 
+def test_a_disk_here_that_is_full_is_not_blamed_on_the_home(recipe, tmp_path, left, monkeypatch):
+    monkeypatch.setattr(second_home, "_copy_files", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(LlamanbError, match="cannot be fetched") as caught:
+        train(plan(recipe(), CPU), runs=tmp_path / "another", second_home=left)
+    assert "free some room" in caught.value.fix
+    assert "resume=False" not in caught.value.fix
+
+
 def test_and_none_where_there_is_work_here_or_a_new_run_is_asked_for(recipe, tmp_path, at_step, capsys):
     home = tmp_path / "content" / "drive" / "llamanb"
     run = train(plan(recipe(steps=1), CPU), runs=tmp_path / "runs", second_home=home, resume=False)

@@ -260,3 +260,12 @@ def test_layers_that_cannot_be_fused_are_laid_out_as_the_plan_says_with_a_warnin
     assert [layer.gradient_checkpointing for layer in trainer.model.get_decoder().layers] == [True, False]
     assert trainer.slow == "not fused: adapters with dropout"
     assert len(trained(trainer)) == 5
+
+
+def test_a_run_of_one_step_learns(make):
+    """Its only step would be the first of a warmup, whose rate is 0."""
+    trainer = make(rows_of(4), effective=4, steps=1)
+    trainer.train()
+    weights = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    assert weights
+    assert all(weight.any() for weight in weights)

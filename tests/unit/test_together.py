@@ -189,6 +189,13 @@ def test_what_ranks_say_after_an_interrupt_is_shown_and_what_does_not_end_is_end
     assert shown[-1] == end
 
 
+def test_torchrun_waits_for_ranks_that_end_by_themselves(capfd):
+    """It would kill them 30 s after an interrupt, in the midst of a checkpoint or of scores."""
+    code = "from torch.distributed.launcher.api import LaunchConfig as C; print('waits', C(1, 1, 1).shutdown_timeout)"
+    _, said = launching._shown([sys.executable, "-c", code], 1, cpu=True)
+    assert said[-1] == f"waits {launching.ENDS_S:g}"
+
+
 @pytest.mark.slow
 def test_layers_that_ranks_share(alone, tmp_path):
     """Each holds a part of every layer; scores are rank 0's alone."""
