@@ -144,6 +144,16 @@ def test_stop_does_not_wait_for_the_next_sample(monkeypatch):
     assert len(sampler.timeline.samples) <= 1
 
 
+def test_a_run_of_days_is_looked_at_less_often(monkeypatch):
+    sampler, hours, waited = MemorySampler([Source("it", lambda: 1.0)]), [0.0, 0.9, 2.0, 24.0], []
+    monkeypatch.setattr(sampler_module, "INTERVAL_S", 0.1)
+    monkeypatch.setattr(Timeline, "time_s", property(lambda timeline: 3600 * hours[len(waited)]))
+    monkeypatch.setattr(sampler._stop, "wait", waited.append)
+    monkeypatch.setattr(sampler._stop, "is_set", lambda: len(waited) == len(hours))
+    sampler._run()
+    assert waited == pytest.approx([0.1, 0.1, 0.2, 2.4])
+
+
 def test_stop_before_start_is_no_error():
     sampler_of(Reader(1.0)).stop()
 
