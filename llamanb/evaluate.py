@@ -11,7 +11,8 @@ from llamanb.generate import LONGEST_ANSWER, ROWS_AT_ONCE, batches, generate
 from llamanb.scores import Comparison, RowScore, Scores
 
 LONGEST_PROMPT = 16384
-"""Tokens of a prompt that is still answered: 2 GiB of keys and values with an 8B."""
+"""Tokens of a prompt that is still answered, 2 GiB of keys and values with an 8B; and characters of plain text that is
+gone on with."""
 POSITIONS_AT_ONCE = 1024
 """Positions whose logits are held at once: 0.5 GiB in fp32 with Llama 3's vocabulary."""
 CONTINUED, CONTINUATION = 3, 64
@@ -72,8 +73,8 @@ def _is(text: str, word: str) -> bool:
 
 
 def _prompt_length(example: Example) -> int:
-    """Messages before the last assistant turn, which is the one to be generated."""
-    return max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+    """Messages before the last assistant turn that is learned, which is the one to be generated."""
+    return max(i for i, m in enumerate(example.messages) if m["role"] == "assistant" and m.get("weight") != 0)
 
 
 def _first_half(text: str) -> str:
@@ -113,22 +114,21 @@ def _answers(model, data: TrainingData) -> list[tuple[str, bool | None] | None]:
     row whose answer begins after `max_length`, or far away, has none."""
     tokenizer, examples = data.tokenizer, data.held_out_examples
     chats = [i for i, example in enumerate(examples) if example.messages]
-    short = [len(row.input_ids) <= 2 * LONGEST_PROMPT for row in data.held_out]
-    texts = [i for i, example in enumerate(examples) if not example.messages and short[i]][:CONTINUED]
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if (streamed := getattr(core, "streamed", None)) and len(chats) > ROWS_AT_ONCE:
-        why = f"each word of an answer brings {streamed.brings}"
-        print(f"answering {ROWS_AT_ONCE} of {len(chats)} held-out rows: {why}", flush=True)
-        chats = chats[:ROWS_AT_ONCE]
+    texts = [i for i, example in enumerate(examples) if not example.messages][:CONTINUED]
     prompts = [render(tokenizer, e.messages[: _prompt_length(e)], e.tools, prompt=True) for e in _of(examples, chats)]
     sizes = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
     asked = [n < min(len(data.held_out[i].input_ids), LONGEST_PROMPT) for i, n in zip(chats, sizes, strict=True)]
     chats, prompts = list(itertools.compress(chats, asked)), list(itertools.compress(prompts, asked))
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if (streamed := getattr(core, "streamed", None)) and len(chats) > ROWS_AT_ONCE:
+        why = f"each word of an answer brings {streamed.brings}"
+        print(f"answering {ROWS_AT_ONCE} of {len(chats)} held-out rows: {why}", flush=True)
+        chats, prompts = chats[:ROWS_AT_ONCE], prompts[:ROWS_AT_ONCE]
     longest = max((len(tokenizer(text)["input_ids"]) for e in _of(examples, chats) for text in e.references), default=0)
     answers: list[tuple[str, bool | None] | None] = [None] * len(examples)
     for i, found in zip(chats, generate(model, tokenizer, prompts, min(longest + 16, LONGEST_ANSWER)), strict=True):
         answers[i] = found
-    halves = [f"{tokenizer.bos_token or ''}{_first_half(e.text)}" for e in _of(examples, texts)]
+    halves = [f"{tokenizer.bos_token or ''}{_first_half(e.text)[-LONGEST_PROMPT:]}" for e in _of(examples, texts)]
     for i, found in zip(texts, generate(model, tokenizer, halves, CONTINUATION), strict=True):
         answers[i] = found.text, None
     return answers

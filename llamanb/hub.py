@@ -228,7 +228,7 @@ def explain(error: Exception, name: str, kind: str = "model") -> LlamanbError:
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     status = getattr(getattr(first(errors.HfHubHTTPError), "response", None), "status_code", None)
     mirror = f", or use the ungated mirror {MIRRORS[name]!r}" if name in MIRRORS else ""
-    if first(errors.GatedRepoError) or (status == 403 and any("gated" in str(e) for e in chain)):
+    if first(errors.GatedRepoError) or (status == 403 and any("gated repositor" in str(e) for e in chain)):
         if get_token() is None:
             return MissingTokenError(
                 f"{kind} {name} is gated, and there is no Hugging Face token",

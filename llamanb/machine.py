@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 GIB = 2**30
-CGROUP_FILES = [
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-]
+CGROUP_FILES = [("memory.max", "memory.current", "memory.stat")]
+CGROUP_FILES += [("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")]
 """What limits a container's memory, what it uses, and what that is: of cgroups version 2 and 1."""
 
 
@@ -36,9 +34,9 @@ def host_memory(cgroup: str = "/sys/fs/cgroup") -> tuple[float, float, float]:
     for names in CGROUP_FILES:
         most, used, parts = (_read(Path(cgroup, name)).strip() for name in names)
         if most.isdigit() and int(most) < memory.total:
-            files = re.search(r"^inactive_file (\d+)", parts, re.MULTILINE)
-            limit = min(limit, int(most))
-            available = min(available, int(most) - int(used or 0) + int(files[1] if files else 0))
+            files = re.findall(r"^(total_|)(?:in)?active_file (\d+)", parts, re.MULTILINE)  # with child groups, or all
+            read = sum(int(size) for total, size in files if total or not any(total for total, _ in files))
+            limit, available = min(limit, int(most)), min(available, int(most) - int(used or 0) + read)
     return memory.total / GIB, available / GIB, limit / GIB
 
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ FILES = {
     "recipe.json": "what was asked for",
     "plan.json": "how it ran",
     "metrics.csv": "loss, learning rate and tokens, step by step",
-    "memory.csv": "memory, ten times a second",
+    "memory.csv": "memory, ten times a second in the first hour",
     "scores.json": "before and after",
     "checkpoints": "from which an unfinished run goes on",
     "memory_snapshot.pickle": "torch's allocator when memory ran out, for pytorch.org/memory_viz",
@@ -160,14 +161,12 @@ def new_folder(runs: Path, name: str) -> Path:
     Raises RecipeError for a name that is more than letters, digits, dots, dashes and underscores: a run stays in its
     folder.
     """
-    number = max(numbered(runs, name), default=0) + 1
-    while True:
+    for number in itertools.count(max(numbered(runs, name), default=0) + 1):
         folder = runs / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-            replace_text(folder / NAME, json.dumps(name))
+            replace_text(folder / NAME, json.dumps({"name": name, "folder": folder.name}))
             return folder.resolve()
-        number += 1
 
 
 def newest_folder(runs: Path, name: str) -> Path | None:
@@ -187,8 +186,13 @@ def numbered(runs: Path, name: str) -> dict[int, Path]:
     found = {}
     for path in runs.glob(f"{name}*"):
         match = re.fullmatch(r"(?:-([2-9]|[1-9]\d{1,9}))?", path.name.removeprefix(name))
-        if match and path.is_dir() and not path.is_symlink() and _name_of(path) in (name, None):
-            found[int(match[1] or 1)] = path
+        if match and path.is_dir() and not path.is_symlink():
+            if (other := _name_of(path)) in (name, None):
+                found[int(match[1] or 1)] = path
+            elif path.name == name:
+                raise RecipeError(
+                    f"{path} is a run of {other!r}", "a run has one name", f"name = {other!r}, or another"
+                )
     return found
 
 
@@ -196,10 +200,10 @@ def _name_of(folder: Path) -> str | None:
     """The name that a run's folder was made for: `exp-2` may be the second one of `exp`. None where nobody noted it, or
     the folder was renamed since."""
     try:
-        noted = str(json.loads((folder / NAME).read_text(encoding="utf-8")))
+        noted = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        return noted["name"] if noted["folder"] == folder.name else None
     except UNREADABLE:
         return None
-    return noted if re.fullmatch(rf"{re.escape(noted)}(-\d+)?", folder.name) else None
 
 
 def _scores(path: Path) -> Comparison | None:

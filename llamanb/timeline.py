@@ -1,5 +1,6 @@
-"""Timeline: what a run was seen to do. Memory and phase ten times a second, loss and tokens step by step, the highest
-memory of each phase. Plain data, written into the run's folder as it grows, so that a run that died can be shown too.
+"""Timeline: what a run was seen to do. Memory and phase ten times a second and later less often, loss and tokens step
+by step, the highest memory of each phase. Plain data, written into the run's folder as it grows, so that a run that
+died can be shown too.
 """
 
 from __future__ import annotations

@@ -158,7 +158,8 @@ _ROLES |= dict.fromkeys(("tool", "ipython", "function", "observation", "function
 def _conversation(row: Row, column: str, turns: list, role_key: str, content_key: str) -> list[Example]:
     messages = [_message(turn, i, column, role_key, content_key) for i, turn in enumerate(turns, 1)]
     roles = [m["role"] for m in messages]
-    if "assistant" not in roles:
+    answers = [m for m in messages if m["role"] == "assistant" and m.get("weight") != 0]
+    if not answers:
         raise BadRow(column, "has no assistant turn: there is nothing to learn from")
     if "system" in roles[1:]:
         raise BadRow(column, f"turn {roles.index('system', 1) + 1} is a system turn; only the first can be")
@@ -167,8 +168,7 @@ def _conversation(row: Row, column: str, turns: list, role_key: str, content_key
         raise BadRow(column, f"turn {first + 1} is the assistant's, and no user has said anything before it")
     tools = row.values.get("tools")
     tools = _list(row, "tools") if tools and tools != "[]" else None
-    answer = next(m for m in reversed(messages) if m["role"] == "assistant")
-    references = () if "tool_calls" in answer else (answer["content"],)  # a call is not scored as text
+    references = () if "tool_calls" in answers[-1] else (answers[-1]["content"],)  # a call is not scored as text
     return [Example(row.place, column, messages, tools, references=references)]
 
 

@@ -242,7 +242,8 @@ def _parquet(content: bytes, source: str) -> list[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{source} is not a parquet file", str(error), "write or download it again") from None
     _require_once(table.column_names, source)
-    return _from_arrow(table.to_pylist())
+    rows = table.to_pylist()
+    return [Row(f"row {i}", {k: _own(v) for k, v in values.items()}) for i, values in enumerate(rows, 1)]
 
 
 def _hub_rows(source: str, split: str) -> list[Row]:
@@ -263,15 +264,11 @@ def _hub_rows(source: str, split: str) -> list[Row]:
         rows = list(datasets.load_dataset(name, config or None, split=split))
     except Exception as error:  # its builders raise anything; what they say is passed on
         raise hub.explain(error, name, kind="dataset") from None
-    return _from_arrow(rows)
+    return [Row(f"row {i}", {k: _own(v) for k, v in values.items()}) for i, values in enumerate(rows, 1)]
 
 
-def _from_arrow(rows: Iterable[dict]) -> list[Row]:
-    """Arrow gives every object the fields of all others, null: within a column they are taken out again."""
-
-    def own(value: object) -> object:
-        if isinstance(value, dict):
-            return {name: own(inner) for name, inner in value.items() if inner is not None}
-        return [own(inner) for inner in value] if isinstance(value, list) else value
-
-    return [Row(f"row {i}", {k: own(v) for k, v in values.items()}) for i, values in enumerate(rows, 1)]
+def _own(value: object) -> object:
+    """Arrow gives every object the fields of all others, null; here without them."""
+    if isinstance(value, dict):
+        return {name: _own(inner) for name, inner in value.items() if inner is not None}
+    return [_own(inner) for inner in value] if isinstance(value, list) else value

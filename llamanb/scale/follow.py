@@ -39,7 +39,7 @@ def follow(ranks: Peers) -> None:
         if plan.recipe.adapters:
             model = attach_adapters(model, plan.recipe)
         trainer = build_trainer(plan, model, data, Path(aside), ranks.watchers(), ranks=ranks)
-        trainer.probe = heaviest(data.train, plan)
+        trainer.probe = heaviest(data.train, plan, fused=trainer.fused is not None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
         while start := ranks.told():
             if start == SERVE:

@@ -20,7 +20,7 @@ from llamanb.scale.launched import ENDED
 
 ENDS_S = 600.0
 """For the ranks to end by themselves after an interrupt: the step at hand, a checkpoint, scores. Another one ends them
-at once."""
+at once. torchrun knows of it from torch 2.12 on; before, it kills them after 30."""
 TAIL = 200
 """Last lines that are kept, to find in them what failed."""
 FIX = "mend that, and run this again: it goes on from the newest checkpoint"
@@ -90,7 +90,7 @@ def _shown(command: list[str], cards: int, cpu: bool) -> tuple[int, list[str]]:
     """Runs it, printing what it prints; an interrupt is passed on once, and it may end by itself."""
     said: list[str] = []
     usual = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cards))}  # torchrun would take one
-    usual |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{ENDS_S:g}"}  # after which it kills the ranks; else 30
+    usual |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{ENDS_S:g}"}  # after which it kills the ranks
     environment = usual | hub.token_of_children() | os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:

@@ -231,7 +231,7 @@ def _train(scene, data: TrainingData, report_to: str, checkpoint: Path | None, p
     if trainer.slow:
         replanned(plan.replace(reasons={**plan.reasons, "fused": trainer.slow}))
     trainer.replanned = replanned
-    trainer.probe = heaviest(data.train, plan)
+    trainer.probe = heaviest(data.train, plan, fused=trainer.fused is not None)
     instants.attach(trainer)
     saves = Saves(recipe, progress, timeline, folder)
     saves.attach(trainer, instants.begins)
@@ -284,6 +284,4 @@ def _require_reporter(report_to: str) -> None:
     if report_to not in REPORTERS:
         raise RecipeError(f"report_to = {report_to!r}", "no such reporter", f"one of {', '.join(REPORTERS)}")
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise RecipeError(
-            f"report_to = {report_to!r}", "that package is not installed", f"pip install {report_to}, and restart"
-        )
+        raise RecipeError(f"report_to = {report_to!r}", "that package is not installed", f"pip install {report_to}")

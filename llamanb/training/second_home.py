@@ -19,12 +19,14 @@ from typing import BinaryIO
 from llamanb.errors import UNREADABLE, LlamanbError
 from llamanb.layout import Plan
 from llamanb.nvml import first_line
-from llamanb.run import new_folder, newest_folder, numbered
+from llamanb.run import NAME, new_folder, newest_folder, numbered
 from llamanb.timeline import FACTS, replace_text
 from llamanb.training.checkpoints import ASIDE, flush, holds, newest, open_file, settle, step_of
 from llamanb.training.resume import CHECKPOINTS, pick_up
 
 ID, STATUS = "id.json", "run.json"
+TELL, OWN = (".json", ".csv", ".html"), (STATUS, NAME)
+"""Endings of files that tell of a run; and those of them that are copied at last, or are the folder's own."""
 LOOK_S = 1.0
 """Between two looks for a new checkpoint."""
 WAIT_S = 600.0
@@ -115,7 +117,7 @@ def copy_run(source: Path, target: Path) -> None:
     `target` counts as before. Raises OSError."""
     with contextlib.ExitStack() as opened:
         status = [opened.enter_context(open_file(path)) for path in source.glob(STATUS)]  # as it is before all else
-        tells = (path for path in source.iterdir() if path.suffix in (".json", ".csv", ".html") and path.name != STATUS)
+        tells = (path for path in source.iterdir() if path.suffix in TELL and path.name not in OWN)
         _copy_files(tells, target)
         checkpoint = newest(source / CHECKPOINTS)
         if checkpoint and not holds(target / CHECKPOINTS / checkpoint.name):

@@ -37,17 +37,17 @@ def pool(rows: Sequence[dict]) -> dict:
     return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "lengths": [len(row) for row in ids]}
 
 
-def heaviest(rows: Sequence, plan: Plan) -> dict:
+def heaviest(rows: Sequence, plan: Plan, *, fused: bool) -> dict:
     """The pool of the rows that take most memory: a micro-batch of them, and a second one where steps have several.
     Fused layers take as many as have room if each were as long as the longest, so shorter rows may be more tokens."""
     rows = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     lengths = [len(row.input_ids) for row in rows]
 
     def end(begin: int) -> int:
-        fit = plan.micro_batch_size * plan.length // lengths[begin] if plan.fused else plan.micro_batch_size
+        fit = plan.micro_batch_size * plan.length // lengths[begin] if fused else plan.micro_batch_size
         return begin + max(1, min(fit, plan.share))
 
-    begin = max(range(len(rows)), key=lambda i: sum(lengths[i : end(i)])) if plan.fused else 0
+    begin = max(range(len(rows)), key=lambda i: sum(lengths[i : end(i)])) if fused else 0
     last = min(end(min(end(begin), len(rows) - 1)), begin + plan.share)
     return pool([{"input_ids": row.input_ids, "labels": row.labels} for row in reversed(rows[begin:last])])
 

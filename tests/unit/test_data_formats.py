@@ -5,6 +5,7 @@ import pytest
 from llamanb.data.formats import UNANSWERABLE, detect
 from llamanb.data.read import BadRow, Row, read_rows
 from llamanb.errors import DataError
+from llamanb.evaluate import _prompt_length
 
 
 def convert(values: dict):
@@ -33,6 +34,20 @@ def test_chat_messages_with_text_parts():
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     (one,) = convert({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Hi"}]})
     assert said(one) == [("user", "Hello"), ("assistant", "Hi")]
+
+
+def test_the_last_answer_that_is_learned_is_the_one_that_is_scored():
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "good"},
+        {"role": "user", "content": "?"},
+    ]
+    last = {"role": "assistant", "content": "bad", "weight": 0}
+    (one,) = convert({"messages": [*turns, last]})
+    assert one.references == ("good",)
+    assert _prompt_length(one) == 1
+    with pytest.raises(BadRow, match="nothing to learn from"):
+        convert({"messages": [turns[0], last]})
 
 
 def test_sharegpt_with_system():

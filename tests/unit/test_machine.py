@@ -74,8 +74,12 @@ def test_room_of_a_drive_that_went_away(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("limit", "used", "stat"),
     [
-        ("memory.max", "memory.current", "anon 1\ninactive_file {}\nactive_file 5\n"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "cache 9\ninactive_file {}\ntotal_cache 9\n"),
+        ("memory.max", "memory.current", "anon 1\ninactive_file {0}\nactive_file {1}\nfile 7\n"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "inactive_file 9\nactive_file 9\ntotal_inactive_file {0}\ntotal_active_file {1}\n",
+        ),
     ],
 )
 def test_what_a_container_uses_is_not_available_but_for_files_it_has_read(limit, used, stat, tmp_path, monkeypatch):
@@ -86,7 +90,7 @@ def test_what_a_container_uses_is_not_available_but_for_files_it_has_read(limit,
     assert machine.host_memory(str(tmp_path)) == (512, 64, 64)
     (tmp_path / used).write_text(f"{50 * 2**30}\n")
     assert machine.host_memory(str(tmp_path)) == (512, 14, 64)
-    (tmp_path / used).with_name("memory.stat").write_text(stat.format(10 * 2**30))
-    assert machine.host_memory(str(tmp_path)) == (512, 24, 64)
+    (tmp_path / used).with_name("memory.stat").write_text(stat.format(10 * 2**30, 4 * 2**30))
+    assert machine.host_memory(str(tmp_path)) == (512, 28, 64)
     memory.available = 3 * 2**30
     assert machine.host_memory(str(tmp_path)) == (512, 3, 64), "the host has less"

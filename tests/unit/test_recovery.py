@@ -139,9 +139,13 @@ def test_on_a_cpu_rows_are_halved_and_then_layers_recomputed(mini):
 
 def test_the_heaviest_rows_are_those_of_two_micro_batches():
     rows = rows_of(3, 9, 2, 7, 5)
-    of = {count: SimpleNamespace(micro_batch_size=count, share=4 * count, fused=False) for count in (1, 2, 4)}
-    assert [heaviest(rows, of[count])["lengths"] for count in of] == [[7, 9], [3, 5, 7, 9], [2, 3, 5, 7, 9]]
-    assert heaviest(rows, SimpleNamespace(micro_batch_size=2, share=2, fused=False))["lengths"] == [7, 9]
+    of = {count: SimpleNamespace(micro_batch_size=count, share=4 * count) for count in (1, 2, 4)}
+    assert [heaviest(rows, of[count], fused=False)["lengths"] for count in of] == [
+        [7, 9],
+        [3, 5, 7, 9],
+        [2, 3, 5, 7, 9],
+    ]
+    assert heaviest(rows, SimpleNamespace(micro_batch_size=2, share=2), fused=False)["lengths"] == [7, 9]
 
 
 def rows_of(*lengths):
@@ -160,20 +164,20 @@ def rows_of(*lengths):
     ],
 )
 def test_end_to_end_many_shorter_rows_may_be_heavier_than_the_longest(lengths, micro, longest, share, heaviest_rows):
-    made = SimpleNamespace(micro_batch_size=micro, length=longest, share=share, fused=True)
-    assert heaviest(rows_of(*lengths), made)["lengths"] == heaviest_rows
+    made = SimpleNamespace(micro_batch_size=micro, length=longest, share=share)
+    assert heaviest(rows_of(*lengths), made, fused=True)["lengths"] == heaviest_rows
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_micro_batch_of_any_step_has_more_tokens(seed):
     source = random.Random(seed)
     lengths = [min(680, max(20, round(source.gauss(250, 120)))) for _ in range(400)]
-    made = SimpleNamespace(micro_batch_size=2, length=1024, share=16, fused=True)
+    made = SimpleNamespace(micro_batch_size=2, length=1024, share=16)
 
     def most(rows):
         return max(sum(rows[i] for i in batch) for batch in pack(rows, 2 * 1024))
 
-    probed = most(heaviest(rows_of(*lengths), made)["lengths"])
+    probed = most(heaviest(rows_of(*lengths), made, fused=True)["lengths"])
     assert all(most(source.sample(lengths, 16)) <= probed for _ in range(200))
 
 

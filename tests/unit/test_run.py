@@ -318,17 +318,18 @@ def test_a_run_stays_in_its_folder(tmp_path, name):
 
 
 def test_a_name_that_ends_like_a_number_is_a_name_of_its_own(tmp_path):
-    made = [new_folder(tmp_path, name).name for name in ("exp", "exp-2", "exp", "exp-2", "exp-2-2", "exp")]
-    assert made == ["exp", "exp-2", "exp-3", "exp-2-2", "exp-2-2-2", "exp-4"]
-    assert [newest_folder(tmp_path, name).name for name in ("exp", "exp-2", "exp-2-2")] == [
-        "exp-4",
-        "exp-2-2",
-        "exp-2-2-2",
-    ]
+    made = [new_folder(tmp_path, name).name for name in ("exp", "exp-2", "exp", "exp-2", "exp")]
+    assert made == ["exp", "exp-2", "exp-3", "exp-2-2", "exp-4"]
+    assert [newest_folder(tmp_path, name).name for name in ("exp", "exp-2")] == ["exp-4", "exp-2-2"]
+    for look in (new_folder, newest_folder):
+        with pytest.raises(RecipeError, match="exp-3 is a run of 'exp'"):
+            look(tmp_path, "exp-3")
     (tmp_path / "exp-5").mkdir()  # nobody noted for whom
     assert newest_folder(tmp_path, "exp").name == "exp-5"
-    (tmp_path / "exp-4").rename(tmp_path / "renamed")
-    assert newest_folder(tmp_path, "renamed").name == "renamed"
+    for name in ("renamed", "exp-1", "exp-77"):
+        (tmp_path / "exp-4").rename(tmp_path / name)
+        assert newest_folder(tmp_path, name).name == name
+        (tmp_path / name).rename(tmp_path / "exp-4")
 
 
 def test_a_run_never_writes_over_another(recipe, tmp_path):
