@@ -25,8 +25,9 @@ EXTRAS = (
     "chat.py",
     "ui/chat_form.py",
     "tiny/make.py",
+    "setup/environment.py",
+    "data/padding.py",
 )
-EXTRAS += ("setup/environment.py", "data/padding.py")
 """Not on the way of the quickstart, and never imported by it (tests/unit/test_layers.py)."""
 REPLAY = ("tape/", "allocator.py")
 """What memory.py predicts from; stands by itself, and is counted apart (docs/decisions/0007)."""

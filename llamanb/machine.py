@@ -32,10 +32,10 @@ def host_memory(cgroup: str = "/sys/fs/cgroup") -> tuple[float, float, float]:
     memory = psutil.virtual_memory()
     available, limit = memory.available, memory.total
     for names in CGROUP_FILES:
-        most, used, parts = (_read(Path(cgroup, name)).strip() for name in names)
+        most, used, stat = (_read(Path(cgroup, name)).strip() for name in names)
         if most.isdigit() and int(most) < memory.total:
-            files = re.findall(r"^(total_|)(?:in)?active_file (\d+)", parts, re.MULTILINE)  # with child groups, or all
-            read = sum(int(size) for total, size in files if total or not any(total for total, _ in files))
+            sizes = dict(re.findall(r"^(\w+) (\d+)$", stat, re.MULTILINE))  # version 1 has child groups in its totals
+            read = sum(int(sizes.get(f"total_{file}", sizes.get(file, 0))) for file in ("inactive_file", "active_file"))
             limit, available = min(limit, int(most)), min(available, int(most) - int(used or 0) + read)
     return memory.total / GIB, available / GIB, limit / GIB
 

@@ -158,8 +158,8 @@ def show_run(path: str | Path) -> Run:
 def new_folder(runs: Path, name: str) -> Path:
     """Makes `runs`/`name`, or `name`-2, -3 and so on after the last run of that name.
 
-    Raises RecipeError for a name that is more than letters, digits, dots, dashes and underscores: a run stays in its
-    folder.
+    Raises RecipeError for a name that is more than letters, digits, dots, dashes and underscores (a run stays in its
+    folder), and for one whose folder was made for another name.
     """
     for number in itertools.count(max(numbered(runs, name), default=0) + 1):
         folder = runs / (name if number == 1 else f"{name}-{number}")

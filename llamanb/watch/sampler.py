@@ -18,8 +18,8 @@ from llamanb.nvml import first_line, nvml_handle, nvml_memory, start_nvml
 from llamanb.timeline import Sample, Timeline
 
 INTERVAL_S, OFTEN_S = 0.1, 3600.0
-"""Seconds between two samples, and for how long; from then on they grow with the run: a day takes 30 MB of host memory
-and not 160."""
+"""Seconds between two samples, and for how long; from then on they grow with the run: a day takes 29 MB of host memory
+and not 166."""
 WRITE_S = 5.0
 """Seconds between two additions to the run's files."""
 
